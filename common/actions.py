@@ -1,0 +1,31 @@
+"""One action is one assistant turn: free reasoning and one command in a fenced bash block. Parse it, answer it."""
+
+import re
+
+_BLOCK = re.compile(r"^```bash[ \t]*\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
+SUBMIT = "submit"
+
+
+def parse(text: str) -> str | None:
+    """The command of the one ```bash block in `text`; None if there is no block, several, or an empty one."""
+    blocks = _BLOCK.findall(text)
+    if len(blocks) != 1:
+        return None
+    return blocks[0].strip() or None
+
+
+def observe(result) -> str:
+    """The observation of a sandbox.CommandResult: a line with the exit code, then the output."""
+    text = f"exit {result.exit_code}\n{result.output}".rstrip()
+    return f"{text}\n(killed after {result.seconds:.0f} s)" if result.timed_out else text
+
+
+def wrong_with(text: str, finish_reason: str) -> str | None:
+    """Why `text` is no good action to learn from (DESIGN section 3, Label); None if it is one."""
+    if finish_reason == "length":
+        return "cut off"
+    if not text.strip():
+        return "empty"
+    if parse(text) is None:
+        return "not exactly one command"
+    return None

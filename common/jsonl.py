@@ -1,0 +1,137 @@
+"""JSONL files: reading with file and line in every error; one output that can be stopped and gone on with.
+
+While a stage works, its records lie in FILE.part in the order in which they came; `Output.finish` puts them into the
+order of the work and renames. So FILE is whole or not there. A torn last line of FILE.part is dropped and redone.
+"""
+
+import fcntl
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Callable, Iterator
+
+import jsonlines
+
+from common import schema
+from common.errors import InputError
+
+
+def read(path: str | Path, kind: str | None = None) -> Iterator[dict]:
+    """Records of a JSONL file, each validated as `kind` (see schema.TYPES). Raises InputError with file and line."""
+    try:
+        stream = open(path, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    with stream:
+        reader = jsonlines.Reader(stream)
+        number = 0
+        while True:
+            number += 1
+            try:
+                record = reader.read(type=dict)
+            except EOFError:
+                return
+            except (jsonlines.InvalidLineError, UnicodeDecodeError) as error:
+                raise InputError(f"{path}:{number}: not a JSON object: {str(error)[:200]}") from None
+            yield schema.check(record, kind, f"{path}:{number}") if kind else record
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Write a whole small file: temporary name, flush to disk, rename."""
+    path = Path(path)
+    half = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(half, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(half, path)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+class Output:
+    """One JSONL file in the making, by one writer. `key(record)` names the piece of work that a record is for."""
+
+    def __init__(self, path: str | Path, kind: str, key: Callable[[dict], tuple]):
+        self.path, self.kind, self.key = Path(path), kind, key
+        self.part = self.path.with_name(self.path.name + ".part")
+        self.places: dict[tuple, tuple[int, int]] = {}  # key -> (offset, length) in FILE.part
+        self.stream = None
+
+    @property
+    def finished(self) -> bool:
+        return self.path.exists()
+
+    def remove(self) -> None:
+        """Forget what an earlier run wrote (--overwrite)."""
+        for path in (self.path, self.part):
+            path.unlink(missing_ok=True)
+
+    def open(self) -> None:
+        """Take up FILE.part where it was left. Raises InputError if another process is writing it."""
+        self.stream = open(self.part, "a+b")
+        try:
+            fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.stream.close()
+            raise InputError(f"{self.part}: another process is writing this file; wait for it or give another --out")
+        self.stream.seek(0)
+        offset = 0
+        for number, line in enumerate(self.stream, start=1):
+            if not line.endswith(b"\n"):
+                print(f"{self.part}:{number}: dropped a torn last line; it is done again", file=sys.stderr)
+                break
+            try:
+                record = schema.check(json.loads(line), self.kind, f"{self.part}:{number}")
+            except ValueError:
+                raise InputError(f"{self.part}:{number}: not JSON; --overwrite starts the file again") from None
+            self.places[self.key(record)] = (offset, len(line))
+            offset += len(line)
+        self.stream.truncate(offset)
+
+    def __contains__(self, key: tuple) -> bool:
+        return key in self.places
+
+    def append(self, record: dict) -> None:
+        """Write one finished record, whole and on disk before this returns."""
+        schema.check(record, self.kind, f"{self.path} (about to be written)")
+        line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+        offset = self.stream.seek(0, os.SEEK_END)
+        try:
+            self.stream.write(line)
+            self.stream.flush()
+        except OSError:
+            # A full disk must not leave half a line that a later append would be glued to.
+            self.stream.truncate(offset)
+            raise
+        self.places[self.key(record)] = (offset, len(line))
+
+    def records(self, order: list[tuple]) -> Iterator[dict]:
+        """The records that are there, in the given order of keys."""
+        for key in order:
+            if key in self.places:
+                offset, length = self.places[key]
+                self.stream.seek(offset)
+                yield json.loads(self.stream.read(length))
+
+    def finish(self, order: list[tuple]) -> None:
+        """Write FILE in the given order of keys, then remove FILE.part."""
+        half = self.path.with_name(f"{self.path.name}.tmp")
+        with open(half, "wb") as whole:
+            for key in order:
+                if key in self.places:
+                    offset, length = self.places[key]
+                    self.stream.seek(offset)
+                    whole.write(self.stream.read(length))
+            whole.flush()
+            os.fsync(whole.fileno())
+        os.replace(half, self.path)
+        self.part.unlink()
+        self.close()
+
+    def close(self) -> None:
+        if self.stream:
+            self.stream.close()
+            self.stream = None

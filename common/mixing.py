@@ -1,0 +1,48 @@
+"""Who acts: the schedules of beta and the draw that decides between teacher and student.
+
+Source: DAgger (Ross, Gordon, Bagnell 2011), turn-level mixing as in arXiv 2605.12913. Every draw depends on
+(seed, iteration, instance, attempt, turn) alone, so that neither the number of workers nor another task changes it.
+"""
+
+import hashlib
+
+from common.errors import InputError
+
+SCHEDULES = "paper, linear:K, exponential:P, constant:B"
+
+
+def derive(*parts: object) -> int:
+    """A 63-bit integer that depends on `parts` alone, the same on every machine and in every process."""
+    digest = hashlib.sha256("\x1f".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def draw(seed: int, iteration: int, instance_id: str, attempt: int, turn: int) -> float:
+    """Uniform in [0, 1): the number behind b_t ~ Bernoulli(beta_i)."""
+    return derive("turn", seed, iteration, instance_id, attempt, turn) / 2**63
+
+
+def actor(beta: float, seed: int, iteration: int, instance_id: str, attempt: int, turn: int) -> str:
+    """'teacher' with probability beta, else 'student'. The draw is made whatever beta is."""
+    return "teacher" if draw(seed, iteration, instance_id, attempt, turn) < beta else "student"
+
+
+def beta_at(schedule: str, iteration: int) -> float:
+    """beta_i for iteration i = 1, 2, ... Raises InputError for an unknown schedule or a number out of range.
+
+    paper: max(0.6, 1 - 0.2 (i-1));  linear:K: max(0, 1 - (i-1)/K);  exponential:P: P^(i-1);  constant:B: B.
+    """
+    name, _, text = schedule.partition(":")
+    try:
+        number = float(text) if text else None
+    except ValueError:
+        number = None
+    if name == "paper" and not text:
+        return max(0.6, 1 - 0.2 * (iteration - 1))
+    if name == "linear" and number is not None and number > 0:
+        return max(0.0, 1 - (iteration - 1) / number)
+    if name == "exponential" and number is not None and 0 <= number <= 1:
+        return number ** (iteration - 1)
+    if name == "constant" and number is not None and 0 <= number <= 1:
+        return number
+    raise InputError(f"schedule {schedule!r} is none of {SCHEDULES} (K > 0, 0 <= P, B <= 1)")

@@ -1,0 +1,160 @@
+"""The record types of every JSONL file, and their validation on the way in and out.
+
+A record is a plain dict. Each type below is a table: field -> (allowed types, required). Fields that the table does not
+name are allowed, so that an ablation can carry something along. DESIGN: `schema` is the version of the record type.
+"""
+
+from common.errors import InputError
+
+VERSION = 1
+
+_TEXT = (str,)
+_INT = (int,)
+_NUM = (int, float)
+_NONE = (type(None),)
+_DICT = (dict,)
+_LIST = (list,)
+
+TASK = {
+    "instance_id": (_TEXT, True),
+    "repo": (_TEXT, True),
+    "base_commit": (_TEXT, True),
+    "problem_statement": (_TEXT, True),
+    "patch": (_TEXT, True),
+    "test_patch": (_TEXT, True),
+    "FAIL_TO_PASS": (_LIST, True),
+    "PASS_TO_PASS": (_LIST, True),
+    "local": (_DICT, False),
+}
+TRAJECTORY = {
+    "schema": (_INT, True),
+    "trajectory_id": (_TEXT, True),
+    "instance_id": (_TEXT, True),
+    "iteration": (_INT, True),
+    "attempt": (_INT, True),
+    "seed": (_INT, True),
+    "mix": (_TEXT, True),
+    "beta": (_NUM + _NONE, True),
+    "student": (_DICT + _NONE, True),
+    "teacher": (_DICT + _NONE, True),
+    "prompt": (_TEXT, True),
+    "messages": (_LIST, True),
+    "exit_status": (_TEXT, True),
+    "patch": (_TEXT, True),
+    "started": (_NUM, True),
+    "finished": (_NUM, True),
+}
+ASSISTANT = {
+    "role": (_TEXT, True),
+    "content": (_TEXT, True),
+    "turn": (_INT, True),
+    "actor": (_TEXT, True),
+    "command": (_TEXT + _NONE, True),
+    "finish_reason": (_TEXT, True),
+    "tokens": (_DICT, True),
+    "seconds": (_NUM, True),
+    "logprob": (_NUM + _NONE, True),
+}
+LABEL = {
+    "schema": (_INT, True),
+    "trajectory_id": (_TEXT, True),
+    "instance_id": (_TEXT, True),
+    "iteration": (_INT, True),
+    "turn": (_INT, True),
+    "label": (_TEXT, True),
+    "valid": ((bool,), True),
+    "reason": (_TEXT + _NONE, True),
+    "source": (_TEXT, True),
+    "teacher": (_DICT, True),
+    "tokens": (_DICT, True),
+    "seconds": (_NUM, True),
+    "agrees": ((bool,) + _NONE, True),
+}
+PREDICTION = {
+    "instance_id": (_TEXT, True),
+    "model_name_or_path": (_TEXT, False),
+    "model_patch": (_TEXT + _NONE, True),
+}
+RESULT = {
+    "schema": (_INT, True),
+    "instance_id": (_TEXT, True),
+    "trajectory_id": (_TEXT + _NONE, True),
+    "resolved": ((bool,), True),
+    "tests_status": (_DICT, True),
+    "exit_status": (_TEXT + _NONE, True),
+    "failure_mode": (_TEXT + _NONE, True),
+    "turns": (_INT + _NONE, True),
+    "tokens": (_DICT + _NONE, True),
+    "seconds": (_NUM, True),
+    "tampered": ((bool,), True),
+}
+
+ACTORS = ("student", "teacher")
+SOURCES = ("executed", "queried", "cache")
+EXIT_STATUSES = (
+    "submitted",
+    "turn_limit",
+    "context_limit",
+    "token_limit",
+    "time_limit",
+    "format_limit",
+    "infra_error",
+)
+TYPES = {
+    "task": TASK,
+    "trajectory": TRAJECTORY,
+    "label": LABEL,
+    "prediction": PREDICTION,
+    "result": RESULT,
+}
+
+
+def check(record: dict, kind: str, where: str) -> dict:
+    """Return `record` if it is a valid record of type `kind`.
+
+    Raises InputError that starts with `where` (file and line, or an id) and names the field.
+    """
+    _check_fields(record, TYPES[kind], f"{where}: {kind}")
+    if "schema" in TYPES[kind] and record["schema"] != VERSION:
+        raise InputError(
+            f"{where}: {kind} has schema version {record['schema']}, this code reads version {VERSION}: "
+            "make the file again with the script that wrote it"
+        )
+    if kind == "trajectory":
+        _check_trajectory(record, where)
+    if kind == "label" and record["source"] not in SOURCES:
+        raise InputError(f"{where}: label source {record['source']!r} is none of {', '.join(SOURCES)}")
+    return record
+
+
+def _check_trajectory(record: dict, where: str) -> None:
+    if record["exit_status"] not in EXIT_STATUSES:
+        raise InputError(f"{where}: exit_status {record['exit_status']!r} is none of {', '.join(EXIT_STATUSES)}")
+    turns = 0
+    for place, message in enumerate(record["messages"]):
+        at = f"{where}: messages[{place}]"
+        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
+            raise InputError(f"{at}: needs a role of system, user or assistant")
+        if not isinstance(message.get("content"), str):
+            raise InputError(f"{at}: content must be a text")
+        if message["role"] != "assistant":
+            continue
+        _check_fields(message, ASSISTANT, at)
+        if message["actor"] not in ACTORS:
+            raise InputError(f"{at}: actor {message['actor']!r} is none of {', '.join(ACTORS)}")
+        if message["turn"] != turns:
+            raise InputError(f"{at}: turn is {message['turn']}, but this is assistant turn {turns} (counted from 0)")
+        turns += 1
+
+
+def _check_fields(record: dict, table: dict, where: str) -> None:
+    for field, (types, required) in table.items():
+        if field not in record:
+            if required:
+                raise InputError(f"{where}: field {field!r} is missing")
+            continue
+        value = record[field]
+        # bool is an int in Python, but true is no number here
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            names = " or ".join("null" if t is type(None) else t.__name__ for t in types)
+            raise InputError(f"{where}: field {field!r} must be {names}, not {type(value).__name__}")
