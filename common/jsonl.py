@@ -71,15 +71,22 @@ class Output:
 
     def open(self) -> None:
         """Take up FILE.part where it was left. Raises InputError if another process is writing it."""
-        self.stream = open(self.part, "a+b")
+        # Unbuffered: what a full disk refused must not come out of a buffer later, in the middle of another line.
+        self.stream = open(self.part, "a+b", buffering=0)
         try:
             fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.stream.close()
-            raise InputError(f"{self.part}: another process is writing this file; wait for it or give another --out")
-        self.stream.seek(0)
+            raise InputError(
+                f"{self.part}: another process is writing this file; wait for it or give another --out"
+            ) from None
+        with open(self.part, "rb") as lines:
+            self.stream.truncate(self._index(lines))
+
+    def _index(self, lines) -> int:
+        """Note where each whole record lies; return the offset behind the last one."""
         offset = 0
-        for number, line in enumerate(self.stream, start=1):
+        for number, line in enumerate(lines, start=1):
             if not line.endswith(b"\n"):
                 print(f"{self.part}:{number}: dropped a torn last line; it is done again", file=sys.stderr)
                 break
@@ -89,7 +96,7 @@ class Output:
                 raise InputError(f"{self.part}:{number}: not JSON; --overwrite starts the file again") from None
             self.places[self.key(record)] = (offset, len(line))
             offset += len(line)
-        self.stream.truncate(offset)
+        return offset
 
     def __contains__(self, key: tuple) -> bool:
         return key in self.places
@@ -100,10 +107,10 @@ class Output:
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace")
         offset = self.stream.seek(0, os.SEEK_END)
         try:
-            self.stream.write(line)
-            self.stream.flush()
+            written = 0
+            while written < len(line):  # an unbuffered write may take a part only
+                written += self.stream.write(line[written:])
         except OSError:
-            # A full disk must not leave half a line that a later append would be glued to.
             self.stream.truncate(offset)
             raise
         self.places[self.key(record)] = (offset, len(line))

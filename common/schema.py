@@ -38,6 +38,7 @@ TRAJECTORY = {
     "student": (_DICT + _NONE, True),
     "teacher": (_DICT + _NONE, True),
     "prompt": (_TEXT, True),
+    "limits": (_DICT, True),
     "messages": (_LIST, True),
     "exit_status": (_TEXT, True),
     "patch": (_TEXT, True),

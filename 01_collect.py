@@ -1,0 +1,224 @@
+"""Stage 1 of DAgger: roll out the agent on repair tasks while teacher and student take turns.
+
+Before every turn t a coin b_t ~ Bernoulli(beta_i) is drawn: the teacher acts if it shows 1, the student otherwise
+(arXiv 2605.12913, turn-level mixing). Every state visited this way gets a teacher label in 02_relabel.py.
+
+reads   --tasks: repair tasks (toy:SPLIT[:N], or a .jsonl/.json/.parquet file of SWE-bench rows with `local`)
+writes  --out FILE: one trajectory a line; FILE.manifest.json, FILE.log, FILE.infra.jsonl beside it
+
+    python 01_collect.py --tasks toy:train:1 --teacher oracle --student hf:smollm2-135m --beta 0.5 --out t.jsonl --show
+    python 01_collect.py --tasks toy:train --sample 32 --teacher oracle --mix teacher --out demos.jsonl
+    python 01_collect.py --tasks mine.jsonl --teacher openai:MODEL@http://localhost:8000/v1 --student hf:MODEL \\
+        --schedule paper --iteration 2 --out runs/mine/iter_002/trajectories.jsonl
+
+policies: hf:MODEL[,adapter=DIR][,quant=nf4|none]   openai:MODEL@URL   oracle (toy tasks)   replay:FILE
+Stop it at any moment: the same command goes on. Another setting for the same file is refused and named.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from common import mixing, run, schema
+from common.agent import AgentFlags
+
+
+@dataclass(kw_only=True)
+class Args(AgentFlags):
+    tasks: str
+    """toy:train|dev|test|study[:N], or a .jsonl, .json or .parquet file"""
+    out: str
+    """the trajectories file to write"""
+    teacher: str | None = None
+    """policy of the teacher; may be left out with --mix student"""
+    student: str | None = None
+    """policy of the student; may be left out with --mix teacher"""
+    mix: Literal["turn", "teacher", "student"] = "turn"
+    """who acts: a coin before every turn, the teacher alone (beta 1), or the student alone (beta 0)"""
+    schedule: str | None = None
+    """beta by iteration: paper, linear:K, exponential:P or constant:B (default: paper)"""
+    beta: float | None = None
+    """beta itself, the same as --schedule constant:B"""
+    iteration: int = 1
+    """DAgger iteration i = 1, 2, ..., for the schedule, the sample and the seeds"""
+    sample: int | None = None
+    """collect on this many tasks, other ones in each iteration (default: all)"""
+    attempts: int = 1
+    """trajectories per task"""
+    limit: int | None = None
+    """take the first N tasks"""
+    exclude_tasks: list[str] | None = None
+    """task specs that are never collected on (evaluation tasks)"""
+    sandbox: Literal["auto", "local"] = "auto"
+    """where commands run: local is bubblewrap, for tasks with `local`"""
+    temperature: float = 0.7
+    """sampling temperature of both policies; 0 is greedy"""
+    top_p: float = 0.9
+    """nucleus sampling of both policies"""
+    teacher_key_env: str = "OPENAI_API_KEY"
+    """environment variable with the key of an openai: teacher"""
+    workers: int = 8
+    """trajectories at once"""
+    seed: int = 0
+    """seed of tasks, coins and sampling"""
+    infra_retries: int = 2
+    """further rounds for trajectories that the machine failed"""
+    max_infra: float = 0.05
+    """share of trajectories that may stay undone for the machine's sake"""
+    overwrite: bool = False
+    """start again, whatever is there"""
+    show: bool = False
+    """print transcripts while they happen, one trajectory at a time"""
+
+
+def beta_of(args: Args) -> float:
+    """The probability that the teacher acts, from --mix, --beta or --schedule."""
+    if args.mix != "turn":
+        return {"teacher": 1.0, "student": 0.0}[args.mix]
+    if args.beta is not None:
+        return mixing.beta_at(f"constant:{args.beta}", args.iteration)
+    return mixing.beta_at(args.schedule or "paper", args.iteration)
+
+
+def work(args: Args) -> None:
+    from common import agent, jsonl, policies, prompts, sandbox, stage_tools, tasks
+    from common.errors import InfraError, InputError
+
+    stage_tools.check_counts(args, "iteration", "attempts", "workers", "max_turns")
+    if args.beta is not None and args.schedule is not None:
+        raise InputError("give --beta or --schedule, not both")
+    beta = beta_of(args)
+    for who, needed in (("teacher", beta > 0), ("student", beta < 1)):
+        if needed and getattr(args, who) is None:
+            raise InputError(f"--{who} is missing, and with beta = {beta:g} it acts")
+
+    rows = tasks.load(args.tasks, args.limit)
+    rows, excluded = tasks.exclude(rows, args.exclude_tasks or [])
+    rows = tasks.sample(rows, args.sample, args.iteration, args.seed)
+    by_id = {row["instance_id"]: row for row in rows}
+    for row in rows:
+        sandbox.check(row, args.sandbox)
+    policy = {
+        who: policies.open_policy(getattr(args, who), role=who, batch=args.workers, key_env=args.teacher_key_env,
+                                  temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
+                                  max_context=args.max_context)
+        for who in schema.ACTORS if getattr(args, who) is not None
+    }  # fmt: skip
+
+    same = {
+        "tasks": tasks.hash_rows(rows),
+        "prompts": sorted({prompts.version(row) for row in rows}),
+        "sandbox": args.sandbox,
+        "mix": args.mix,
+        "beta": beta,
+        "iteration": args.iteration,
+        "attempts": args.attempts,
+        "seed": args.seed,
+        "limits": args.limits(),
+        **{who: policy[who].describe() if who in policy else None for who in schema.ACTORS},
+    }
+    output = jsonl.Output(args.out, "trajectory", key=lambda r: (r["instance_id"], r["attempt"]))
+    stage = run.Stage(args.out, args, same, overwrite=args.overwrite)
+    if args.overwrite:
+        output.remove()
+    if stage.done and output.finished:
+        return stage.say_done()
+    output.open()
+
+    show = agent.Show() if args.show else None
+    count = stage_tools.token_counter(*(policy[who] for who in reversed(schema.ACTORS) if who in policy))
+
+    def collect(job: tuple[str, int]) -> list[dict]:
+        """One trajectory."""
+        instance_id, attempt = job
+        row, started = by_id[instance_id], time.time()
+        place = (args.seed, args.iteration, instance_id, attempt)
+        episode = "/".join(map(str, place))
+
+        def ask(turn: int, chat: list[dict]) -> tuple:
+            """b_t ~ Bernoulli(beta_i): who acts at this state, and what it does."""
+            who = mixing.actor(beta, *place, turn)
+            answer = policy[who].act(
+                row, chat, seed=mixing.derive("sample", *place, turn, who, "act"), episode=episode, turn=turn,
+                attempt=attempt)  # fmt: skip
+            return who, answer
+
+        record = {
+            "schema": schema.VERSION,
+            "trajectory_id": f"{instance_id}.i{args.iteration}.a{attempt}",
+            "instance_id": instance_id,
+            "iteration": args.iteration,
+            "attempt": attempt,
+            "seed": args.seed,
+            "mix": args.mix,
+            "beta": beta,
+            "student": same["student"],
+            "teacher": same["teacher"],
+            "prompt": prompts.version(row),
+            "limits": args.limits(),
+        }
+        if show:
+            show.title(f"{record['trajectory_id']}   beta {beta:g}")
+        try:
+            with sandbox.open_sandbox(row, args.sandbox, args.command_timeout) as box:
+                record |= agent.rollout(row, box, ask, args, show or (lambda message: None))
+        except InfraError as error:
+            error.record = record | getattr(error, "record", {"messages": [], "exit_status": "infra_error", "patch": ""})
+            raise
+        finally:
+            for who in policy:
+                policy[who].forget(episode)
+        for message in record["messages"]:
+            if message["role"] == "assistant" and message["tokens"]["out"] is None:
+                message["tokens"]["out"] = count(message["content"])
+        if show:
+            stage_tools.show_result(show, row, record)
+        return [record | {"started": started, "finished": time.time()}]
+
+    jobs = [(row["instance_id"], attempt) for row in rows for attempt in range(args.attempts)]
+    todo = [job for job in jobs if job not in output]
+    workers = 1 if args.show else args.workers
+    left = stage_tools.run_jobs(args, stage, output, jobs, todo, collect, workers, "collect", _postfix)
+
+    summary = measure(output.records(jobs)) | {"beta": beta, "excluded": excluded, "infra_errors": left}
+    output.finish(jobs)
+    stage.finish(summary)
+
+
+def _postfix(record: dict) -> dict:
+    turns = [m for m in record["messages"] if m["role"] == "assistant"]
+    return {
+        "submitted": record["exit_status"] == "submitted",
+        "turns": len(turns),
+        "teacher turns": sum(m["actor"] == "teacher" for m in turns),
+        "tokens": sum(m["tokens"]["out"] for m in turns),
+    }
+
+
+def measure(records) -> dict:
+    """What really happened: the realised share of teacher turns and tokens differs from beta."""
+    trajectories = turns = teacher_turns = tokens = teacher_tokens = 0
+    ends: dict[str, int] = {}
+    for record in records:
+        trajectories += 1
+        ends[record["exit_status"]] = ends.get(record["exit_status"], 0) + 1
+        for message in record["messages"]:
+            if message["role"] != "assistant":
+                continue
+            turns += 1
+            tokens += message["tokens"]["out"]
+            if message["actor"] == "teacher":
+                teacher_turns += 1
+                teacher_tokens += message["tokens"]["out"]
+    return {
+        "trajectories": trajectories,
+        "turns": turns,
+        "teacher_turn_share": teacher_turns / max(turns, 1),
+        "teacher_token_share": teacher_tokens / max(tokens, 1),
+        "tokens_out": tokens,
+        **{f"exit_{name}": number for name, number in sorted(ends.items())},
+    }
+
+
+if __name__ == "__main__":
+    run.main(Args, work)

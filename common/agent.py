@@ -1,0 +1,177 @@
+"""The turn loop: ask, parse, execute, observe, stop. Who is asked at a turn is the caller's idea, not this module's.
+
+The conversation is a plain chat list: system prompt, problem statement, then assistant turns and observations (role
+`user`) in alternation. What was sent is what is stored; a policy sees role and content alone.
+"""
+
+import shutil
+import sys
+import textwrap
+import time
+from dataclasses import dataclass
+from typing import Callable
+
+from common import actions, prompts
+from common.chat import harmless
+from common.errors import InfraError
+
+FORMAT_LIMIT = 5  # turns in a row without a command
+
+
+@dataclass(kw_only=True)
+class AgentFlags:
+    """The agent flags of 01_collect.py and 04_eval.py. The defaults fit the embedded student and tasks."""
+
+    max_turns: int = 16
+    """turns after which a trajectory ends as turn_limit"""
+    max_context: int = 2048
+    """tokens of conversation and answer after which a trajectory ends as context_limit"""
+    max_tokens: int = 8192
+    """tokens generated in all after which a trajectory ends as token_limit"""
+    max_new_tokens: int = 96
+    """tokens that one turn may take"""
+    time_limit: float = 600.0
+    """seconds after which a trajectory ends as time_limit"""
+    command_timeout: float = 20.0
+    """seconds that one command may take"""
+
+    def limits(self) -> dict:
+        """What of these makes it the same work (run.Stage)."""
+        names = ("max_turns", "max_context", "max_tokens", "max_new_tokens", "time_limit", "command_timeout")
+        return {name: getattr(self, name) for name in names}
+
+
+def rollout(
+    row: dict,
+    sandbox,
+    ask: Callable[[int, list[dict]], tuple],
+    flags: AgentFlags,
+    watch: Callable[[dict], None] = lambda message: None,
+) -> dict:
+    """Run one episode. `ask(turn, chat)` returns (actor, policies.Answer); `watch` sees each message as it is stored.
+
+    Returns {"messages", "exit_status", "patch"}. The patch is the difference of the tree to base_commit however the
+    episode ended. Raises InfraError, with what there was in its attribute `record`, where engine or service failed.
+    """
+    from common.policies import ContextLimit
+
+    messages: list[dict] = []
+
+    def store(message: dict) -> None:
+        messages.append(message)
+        watch(message)
+
+    for message in prompts.opening(row):
+        store(message | {"content": harmless(message["content"])})
+    started, generated, without_command = time.monotonic(), 0, 0
+    status = "turn_limit"
+    try:
+        for turn in range(flags.max_turns):
+            try:
+                actor, answer = ask(turn, [{"role": m["role"], "content": m["content"]} for m in messages])
+            except ContextLimit:
+                status = "context_limit"
+                break
+            text = harmless(answer.text)
+            command = actions.parse(text)
+            store(
+                {
+                    "role": "assistant",
+                    "content": text,
+                    "turn": turn,
+                    "actor": actor,
+                    "command": command,
+                    "finish_reason": answer.finish_reason,
+                    "tokens": {"in": answer.tokens_in, "cached": answer.tokens_cached, "out": answer.tokens_out},
+                    "seconds": round(answer.seconds, 3),
+                    "logprob": answer.logprob,
+                }
+            )
+            if command == actions.SUBMIT:
+                status = "submitted"
+                break
+            without_command = 0 if command else without_command + 1
+            if command:
+                result = sandbox.run(command)
+                store(
+                    {
+                        "role": "user",
+                        "content": harmless(actions.observe(result)),
+                        "exit_code": result.exit_code,
+                        "seconds": round(result.seconds, 3),
+                        "truncated": result.truncated,
+                    }
+                )
+            else:
+                store(
+                    {
+                        "role": "user",
+                        "content": prompts.REMINDER,
+                        "exit_code": None,
+                        "seconds": 0.0,
+                        "truncated": False,
+                    }
+                )
+            generated += answer.tokens_out or 0
+            if without_command >= FORMAT_LIMIT:
+                status = "format_limit"
+                break
+            if generated >= flags.max_tokens:
+                status = "token_limit"
+                break
+            if time.monotonic() - started >= flags.time_limit:
+                status = "time_limit"
+                break
+        return {"messages": messages, "exit_status": status, "patch": sandbox.diff()}
+    except InfraError as error:
+        error.record = {"messages": messages, "exit_status": "infra_error", "patch": "", "error": str(error)}
+        raise
+
+
+class Show:
+    """Print a trajectory while it happens: who acts, the thought, the command, what came back."""
+
+    def __init__(self, stream=None):
+        self.stream = stream or sys.stdout
+        self.colour = self.stream.isatty()
+
+    def __call__(self, message: dict) -> None:
+        if message["role"] == "system":
+            return
+        if message["role"] == "user":
+            opening = "exit_code" not in message
+            self._print(message["content"], "" if opening else "2", "  " if opening else "    ", cap=None if opening else 14)
+            self._rule() if opening else None
+            return
+        actor = message["actor"]
+        tint = "36" if actor == "teacher" else "33"
+        print(self._paint(f"{message['turn']:>2}  {actor}", f"1;{tint}"), file=self.stream)
+        thought = message["content"].split("```bash")[0].strip() or "(no words)"
+        self._print(thought, tint, "    ", cap=8)
+        if message["command"]:
+            self._print("$ " + message["command"].replace("\n", "\n  "), "1", "    ", cap=14)
+        self.stream.flush()
+
+    def title(self, text: str) -> None:
+        print(self._paint(text, "1"), file=self.stream)
+        self._rule()
+
+    def result(self, text: str, good: bool | None = None) -> None:
+        self._rule()
+        print(self._paint(text, {True: "1;32", False: "1;31", None: "1"}[good]) + "\n", file=self.stream, flush=True)
+
+    def _rule(self) -> None:
+        print(self._paint("─" * min(72, shutil.get_terminal_size().columns - 1), "2"), file=self.stream)
+
+    def _print(self, text: str, code: str, indent: str, cap: int | None) -> None:
+        width = max(40, shutil.get_terminal_size().columns - len(indent) - 1)
+        lines = [part for line in text.split("\n") for part in textwrap.wrap(line, width, drop_whitespace=False) or [""]]
+        if cap and len(lines) > cap:
+            lines = lines[: cap - 3] + [f"… {len(lines) - cap + 1} lines …"] + lines[-2:]
+        for line in lines:
+            # A hostile command may print escape sequences: only what can be read reaches the terminal.
+            plain = "".join(char if char.isprintable() or char == "\t" else "·" for char in line)
+            print(indent + self._paint(plain, code), file=self.stream)
+
+    def _paint(self, text: str, code: str) -> str:
+        return f"\033[{code}m{text}\033[0m" if self.colour and code else text

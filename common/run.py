@@ -1,0 +1,248 @@
+"""What every script needs around its idea: the command line, exit codes, the manifest, resume, the summary line.
+
+A script is `run.main(Args, work)`. Args is a dataclass; the text under a field is its help, its name is its flag.
+`Stage` is one output with its manifest: it says whether the work is done, and stops when it is not the same work.
+"""
+
+import ast
+import dataclasses
+import hashlib
+import inspect
+import json
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import types
+import typing
+from importlib import metadata
+from pathlib import Path
+
+from common import jsonl
+from common.errors import InputError, StageError
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "swebench", "openai")
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def parse(args_class: type, argv: list[str] | None = None):
+    """Fill the dataclass from the command line. A field without a default is required; a bool field is a switch."""
+    import argparse
+
+    script = inspect.getmodule(args_class)
+    parser = argparse.ArgumentParser(
+        description=script.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    for field in dataclasses.fields(args_class):
+        options = {"dest": field.name, "help": _help(args_class, field)}
+        kind = field.type
+        if typing.get_origin(kind) is types.UnionType:  # X | None
+            kind = next(option for option in typing.get_args(kind) if option is not type(None))
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            options["required"] = True
+        elif field.default_factory is not dataclasses.MISSING:
+            options["default"] = field.default_factory()
+        else:
+            options["default"] = field.default
+        if kind is bool:
+            options["action"] = "store_true"
+        elif typing.get_origin(kind) is list:
+            options |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": field.name.upper()}
+        elif typing.get_origin(kind) is typing.Literal:
+            options["choices"] = typing.get_args(kind)
+        else:
+            options |= {"type": kind, "metavar": kind.__name__.upper() if kind is not str else "X"}
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    return args_class(**vars(parser.parse_args(argv)))
+
+
+def _help(args_class: type, field: dataclasses.Field) -> str:
+    for owner in args_class.__mro__:
+        if field.name in owner.__dict__.get("__annotations__", {}):
+            text = _field_texts(owner).get(field.name, "")
+            break
+    shown = field.default not in (dataclasses.MISSING, None, False)
+    return text.replace("%", "%%") + (f" (default: {field.default})" if shown else "")
+
+
+def _field_texts(owner: type) -> dict[str, str]:
+    """The string under each annotated field in the source of a class."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body
+    texts = {}
+    for node, after in zip(body, body[1:]):
+        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            texts[node.target.id] = " ".join(str(after.value.value).split())
+    return texts
+
+
+def main(args_class: type, work: typing.Callable) -> typing.NoReturn:
+    """Parse, work, exit: 0 done, 2 bad usage or input, 1 anything else. Stopping by Ctrl-C or SIGTERM loses nothing."""
+    args = parse(args_class)
+    signal.signal(signal.SIGTERM, _stop)
+    code = 1
+    try:
+        work(args)
+        code = 0
+    except InputError as error:
+        code = 2
+        print(f"error: {error}", file=sys.stderr)
+    except StageError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+    except OSError as error:
+        if error.errno is None or error.filename is None and error.errno != 28:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror}; what was finished is kept, the same command goes on", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == 0:
+        sys.exit(0)
+    os._exit(code)  # worker threads may still wait for a model or a command; their sandboxes die with this process
+
+
+def _stop(signum, frame):
+    raise KeyboardInterrupt
+
+
+# ---------------------------------------------------------------- hashes
+
+
+def hash_json(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def hash_file(path: str | Path) -> str:
+    """The first 16 hex digits of the SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- one output and its manifest
+
+
+class Stage:
+    """One output of one script: a FILE (manifest in FILE.manifest.json) or a directory (manifest.json inside).
+
+    `same` holds what makes it the same work: if the output was started with other values, this raises InputError that
+    names the first difference. What only says how (workers, keys, addresses) does not belong in it.
+    """
+
+    def __init__(self, out: str, args, same: dict, *, directory: bool = False, overwrite: bool = False):
+        self.out = Path(out)
+        self.args = args
+        self.manifest_path = self.out / "manifest.json" if directory else Path(f"{out}.manifest.json")
+        log_path = self.out / "log" if directory else Path(f"{out}.log")
+        try:
+            self.manifest_path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {out}: {error.strerror}") from None
+        self.manifest = {}
+        if self.manifest_path.exists() and not overwrite:
+            self.manifest = json.loads(self.manifest_path.read_text())
+            self._refuse_other_work(json.loads(json.dumps(same)))
+        self.done = bool(self.manifest.get("finished"))
+        self.began = time.time()
+        self.log = _logger(log_path)
+        if not self.done:
+            self.manifest = {
+                "argv": sys.argv,
+                "command": shlex.join(sys.argv),
+                "settings": dataclasses.asdict(args),
+                "same": same,
+                "commit": _git("rev-parse", "HEAD"),
+                "diff": _git("diff", "HEAD"),
+                "packages": {name: _version(name) for name in PACKAGES},
+                "python": sys.version.split()[0],
+                "started": self.manifest.get("started", time.time()),
+            }
+            self._write()
+
+    def _refuse_other_work(self, same: dict) -> None:
+        then, now = _flat(self.manifest.get("same", {})), _flat(same)
+        for name in sorted(then.keys() | now.keys()):
+            if then.get(name) != now.get(name):
+                raise InputError(
+                    f"{self.out} was started with {name} = {then.get(name)!r}, now it is {now.get(name)!r}: "
+                    "give another --out, or --overwrite to start again"
+                )
+        commit = _git("rev-parse", "HEAD")
+        if commit and self.manifest.get("commit") not in (None, commit) and not self.manifest.get("finished"):
+            print(f"warning: {self.out} was started by commit {self.manifest['commit'][:9]}, this is {commit[:9]}",
+                  file=sys.stderr)
+
+    def finish(self, summary: dict) -> None:
+        """Note the end, the seconds of this call and the summary in the manifest; print the summary line."""
+        self.manifest |= {"finished": time.time(), "seconds": time.time() - self.began, "summary": summary}
+        self._write()
+        print_summary(summary)
+
+    def say_done(self) -> None:
+        print(f"{self.out} is finished; nothing to do", file=sys.stderr)
+        print_summary(self.manifest["summary"])
+
+    def _write(self) -> None:
+        jsonl.write_atomically(self.manifest_path, json.dumps(self.manifest, indent=1) + "\n")
+
+
+def print_summary(summary: dict) -> None:
+    """`summary key=value ...` on stdout, real numbers with 7 significant digits; lists and tables stay out of it."""
+    shown = {key: value for key, value in summary.items() if value is None or isinstance(value, (int, float, str))}
+    words = [f"{key}={value:.7g}" if isinstance(value, float) else f"{key}={value}" for key, value in shown.items()]
+    print("summary " + " ".join(words), flush=True)
+
+
+def _flat(value: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            flat |= _flat(inner, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = inner
+    return flat
+
+
+def _logger(path: Path) -> logging.Logger:
+    """Everything to the log file, warnings to the terminal as well."""
+    log = logging.getLogger("swe-dagger")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+    to_file = logging.FileHandler(path, encoding="utf-8", delay=True)
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    to_screen = logging.StreamHandler()
+    to_screen.setLevel(logging.WARNING)
+    to_screen.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    log.addHandler(to_file)
+    log.addHandler(to_screen)
+    return log
+
+
+def _git(*words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,129 @@
+"""The table at the end of run_loop.sh, read from the manifests of a run.
+
+    python -m common.table runs/laptop
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import run
+from common.errors import InputError
+
+COLUMNS = ("iteration", "beta", "teacher turns", "teacher tokens", "labels", "agree", "loss", "resolved", "95 %", "minutes")
+
+
+@dataclass(kw_only=True)
+class Args:
+    iterations: int | None = None
+    """look at the first N iterations (default: all)"""
+    best: bool = False
+    """print the number of the iteration that resolved most on the evaluation tasks, nothing else"""
+
+
+def manifest(path: Path) -> dict | None:
+    """The manifest of a finished stage, else None."""
+    if not path.exists():
+        return None
+    content = json.loads(path.read_text())
+    return content if content.get("finished") else None
+
+
+def read_run(home: Path, iterations: int | None) -> dict[int, dict[str, dict]]:
+    """iteration -> stage -> manifest, for the stages that are finished."""
+    stages = {
+        "collect": "trajectories.jsonl.manifest.json",
+        "relabel": "labels.jsonl.manifest.json",
+        "train": "adapter/manifest.json",
+        "eval": "eval/manifest.json",
+    }
+    table = {}
+    for path in sorted(home.glob("iter_[0-9][0-9][0-9]")):
+        number = int(path.name.removeprefix("iter_"))
+        if iterations is None or number <= iterations:
+            found = {name: manifest(path / file) for name, file in stages.items()}
+            table[number] = {name: content for name, content in found.items() if content}
+    if not any(table.values()):
+        raise InputError(f"{home}: no finished stage in there; run_loop.sh makes one with RUN={home.name}")
+    return table
+
+
+def best_iteration(table: dict[int, dict[str, dict]]) -> int:
+    """The iteration with the highest rate on the evaluation tasks; the earliest of equals."""
+    scored = {i: stages["eval"]["summary"]["rate"] or 0.0 for i, stages in table.items() if "eval" in stages and i > 0}
+    if not scored:
+        raise InputError("no iteration of this run is evaluated yet")
+    return max(scored, key=lambda i: (scored[i], -i))
+
+
+def _score(summary: dict) -> tuple[str, str]:
+    if summary["rate"] is None:
+        return "none", ""
+    share = f"{summary['resolved']}/{summary['tasks']} = {summary['rate']:.0%}"
+    return share, f"{summary['rate_low']:.0%} to {summary['rate_high']:.0%}"
+
+
+def row(iteration: int, stages: dict[str, dict]) -> list[str]:
+    """The cells of one iteration; a stage that is not there is shown as a dash."""
+    cells = dict.fromkeys(COLUMNS, "-") | {"iteration": str(iteration)}
+    if "collect" in stages:
+        summary = stages["collect"]["summary"]
+        cells["beta"] = f"{summary['beta']:.2f}"
+        cells["teacher turns"] = f"{summary['teacher_turn_share']:.2f}"
+        cells["teacher tokens"] = f"{summary['teacher_token_share']:.2f}"
+    if "relabel" in stages and stages["relabel"]["summary"]["agree"] is not None:
+        cells["agree"] = f"{stages['relabel']['summary']['agree']:.2f}"
+    if "train" in stages:
+        cells["labels"] = str(stages["train"]["summary"]["labels"])
+        cells["loss"] = f"{stages['train']['summary']['loss']:.3f}"
+    if "eval" in stages:
+        cells["resolved"], cells["95 %"] = _score(stages["eval"]["summary"])
+    cells["minutes"] = " + ".join(f"{content['seconds'] / 60:.1f}" for content in stages.values())
+    return [cells[name] for name in COLUMNS]
+
+
+def show(home: Path, iterations: int | None) -> None:
+    table = read_run(home, iterations)
+    rows = [list(COLUMNS)] + [row(number, stages) for number, stages in table.items()]
+    widths = [max(len(line[place]) for line in rows) for place in range(len(COLUMNS))]
+    for place, line in enumerate(rows):
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+        if place == 0:
+            print("  ".join("-" * width for width in widths))
+    print("\nminutes: collect + relabel + train + evaluate;  agree: share of student turns with the teacher's command")
+    if teacher := manifest(home / "teacher/eval/manifest.json"):
+        print("the teacher itself: %s (%s)" % _score(teacher["summary"]))
+    best = best_iteration(table)
+    evaluated = table[best]["eval"]["settings"]
+    print(f"best on {evaluated['tasks']}: iteration {best}")
+    for path in sorted(home.glob("test/iter_*/manifest.json")):
+        if tested := manifest(path):
+            number = int(path.parent.name.removeprefix("iter_"))
+            chosen = "chosen" if number == best else "chosen by a shorter run"
+            score = "%s (%s)" % _score(tested["summary"])
+            print(f"on {tested['settings']['tasks']}, iteration {number} ({chosen}): {score}")
+            for name, group in json.loads((path.parent / "summary.json").read_text())["groups"].items():
+                if not name.startswith("family "):
+                    print(f"    {name}: %s (%s)" % _score(group))
+    minutes = sum(content["seconds"] for stages in table.values() for content in stages.values()) / 60
+    print(f"{minutes:.0f} minutes in all\n\nuse this student:")
+    print(f"    .venv/bin/python 04_eval.py --tasks toy:dev:4 --student {evaluated['student']} --out try")
+
+
+def _main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        raise SystemExit("usage: python -m common.table RUN_DIRECTORY [--iterations N] [--best]")
+    home = Path(sys.argv.pop(1))
+
+    def work(args: Args) -> None:
+        if args.best:
+            print(best_iteration(read_run(home, args.iterations)))
+        else:
+            show(home, args.iterations)
+
+    run.main(Args, work)
+
+
+if __name__ == "__main__":
+    _main()
