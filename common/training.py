@@ -1,0 +1,277 @@
+"""The model side of training: load the base (plain or NF4), put LoRA on it, run packed rows, save the adapter.
+
+On the prefix tree a row may see its ancestors only. On CUDA that is a FlexAttention block mask made from the vector
+`end`, on CPU (where flex has no backward) a 4D bool mask through SDPA. Never `eager` with a bool mask: it would add
+it. Never attention_mask=None with positions that start again: transformers reads that as packed documents.
+`probe` tries on the loaded model that branches really do not see each other.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common import prefix_tree
+from common.embedded import model_path
+from common.errors import InputError
+
+FLEX_BLOCK = 128
+
+
+def device_name() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of --model. Raises InputError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model_path(model))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model {model}: no tokenizer there ({_first_line(error)})") from None
+
+
+def load_base(model: str, quant: str, tree: bool) -> Any:
+    """The frozen base model. quant: nf4 (double quantisation) or none; fp32 on CPU, bf16 on CUDA."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    device = device_name()
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    options = {"dtype": dtype, "device_map": {"": device}}
+    options["attn_implementation"] = "flex_attention" if tree and device == "cuda" else "sdpa"
+    if quant == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    try:
+        base = AutoModelForCausalLM.from_pretrained(model_path(model), **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model {model}: not loaded ({_first_line(error)})") from None
+    base.config.use_cache = False
+    base.requires_grad_(False)
+    return base
+
+
+def add_lora(base: Any, model: str, init_adapter: str | None, rank: int, alpha: int, seed: int) -> Any:
+    """The base with LoRA on all linear layers: fresh, or going on from `init_adapter` (InputError if it does not fit)."""
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    torch.manual_seed(seed)
+    if init_adapter is None:
+        config = LoraConfig(
+            r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=_linear_layers(base), task_type="CAUSAL_LM"
+        )
+        peft_model = get_peft_model(base, config)
+    else:
+        check_adapter(init_adapter, model)
+        try:
+            peft_model = PeftModel.from_pretrained(base, init_adapter, is_trainable=True)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise InputError(
+                f"--init-adapter {init_adapter} does not fit {model} ({_first_line(error)}): give the --model that it "
+                "was trained on, or leave --init-adapter out"
+            ) from None
+    # As given on the command line, so that an adapter says the same on every machine.
+    peft_model.peft_config["default"].base_model_name_or_path = model
+    return peft_model
+
+
+def _linear_layers(base: Any) -> list[str]:
+    """Names of all linear layers but the output head: q_proj, up_proj, ... ("all-linear" would list every layer)."""
+    import torch
+
+    transformer = getattr(base, base.base_model_prefix)
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    return sorted({name.rpartition(".")[2] for name in linear})
+
+
+def check_adapter(directory: str, model: str) -> None:
+    """Raises InputError unless `directory` holds a PEFT adapter that was trained on `model`."""
+    path = Path(directory) / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"--init-adapter {directory}: {path.name}: {error.strerror}; give a directory that 03_train "
+                         "wrote") from None
+    except ValueError:
+        raise InputError(f"--init-adapter {directory}: {path.name} is not JSON") from None
+    of = config.get("base_model_name_or_path") or ""
+    if of != model and os.path.realpath(model_path(of)) != os.path.realpath(model_path(model)):
+        raise InputError(
+            f"--init-adapter {directory} is an adapter of {of}, not of {model}: give --model {of}, or another adapter"
+        )
+
+
+def checkpointing(peft_model: Any, how: str) -> None:
+    """Gradient checkpointing: none, on, or offload (checkpoints wait in host memory). Switches to training mode."""
+    peft_model.train()
+    if how == "none":
+        return
+    # Only the reentrant kind keeps its inputs as saved tensors, which is what save_on_cpu can move; it needs an input
+    # that requires a gradient.
+    reentrant = how == "offload"
+    peft_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    if reentrant:
+        peft_model.enable_input_require_grads()
+
+
+def hidden_rows(base: Any, batch: prefix_tree.Batch, offload: bool = False) -> Any:
+    """(P, H): the last hidden states of the rows that predict, through the transformer without its head."""
+    import torch
+
+    device = base.device
+    transformer = getattr(base, base.base_model_prefix)
+    on_cpu = torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda") if offload else contextlib.nullcontext()
+    if batch.lengths is None and base.config._attn_implementation == "flex_attention":
+        batch = prefix_tree.pad_rows(batch, _padded(batch.ids.shape[1]))
+    inputs = {"input_ids": torch.from_numpy(batch.ids).to(device)}
+    if batch.lengths is None:
+        inputs["position_ids"] = torch.from_numpy(batch.depth).to(device)
+        inputs["attention_mask"] = _tree_mask(base, torch.from_numpy(batch.end[0]).to(device))
+    else:
+        lengths = torch.from_numpy(batch.lengths)[:, None]
+        inputs["attention_mask"] = (torch.arange(batch.ids.shape[1])[None, :] < lengths).long().to(device)
+    with autocast(device), on_cpu:
+        hidden = transformer(**inputs, use_cache=False).last_hidden_state  # (B, L, H)
+    return hidden.flatten(0, 1)[torch.from_numpy(batch.rows).to(device)]
+
+
+def autocast(device: Any) -> Any:
+    """bf16 compute on CUDA (LoRA weights stay fp32), plain fp32 on CPU, where bf16 is slower."""
+    import torch
+
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _padded(length: int) -> int:
+    """A few sizes only, since each compiles a kernel: multiples of the block, eight to an octave."""
+    step = max(FLEX_BLOCK, 1 << max(0, (length - 1).bit_length() - 3))
+    return -(-length // step) * step
+
+
+def _tree_mask(base: Any, end: Any) -> Any:
+    """Row q sees row k iff k <= q < end[k]. A BlockMask for flex, else bool of shape (1, 1, L, L)."""
+    import torch
+
+    length = end.shape[0]
+    if base.config._attn_implementation == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def sees(_batch, _head, q, k):
+            return (k <= q) & (q < end[k])
+
+        return create_block_mask(sees, None, None, length, length, device=end.device, _compile=True)
+    row = torch.arange(length, device=end.device)
+    return ((row[None, :] <= row[:, None]) & (row[:, None] < end[None, :]))[None, None]
+
+
+def probe(base: Any, tree: bool, longest: int) -> None:
+    """Raises InputError where this model cannot be trained as we do it: tried out on a few tokens, not looked up.
+
+    Two questions: are the logits the head applied to the last hidden state, and (on the tree) does a branch give what
+    it gives alone? Recurrent state, convolutions over rows or positions counted by row fail the second.
+    """
+    import torch
+
+    rng = np.random.default_rng(0)
+    words = rng.choice(base.config.get_text_config().vocab_size, size=24, replace=False).astype(np.int32)
+    alone = prefix_tree.Sample("probe", np.concatenate([words[:6], words[16:]]), 6)
+    other = prefix_tree.Sample("probe", words[:16], 6)
+    tolerance = 1e-3 if base.dtype == torch.float32 else 0.1
+    with torch.no_grad(), autocast(base.device):
+        line = prefix_tree.pack_per_turn([alone], [1.0], 64)[0]
+        expected = hidden_rows(base, line).float()
+        ours = base.get_output_embeddings()(expected.to(base.dtype)).float()
+        inputs = torch.from_numpy(line.ids).to(base.device)
+        mask = torch.ones_like(inputs)
+        theirs = base(input_ids=inputs, attention_mask=mask).logits[0, line.rows].float()
+        if _distance(ours, theirs) > tolerance:
+            raise InputError(
+                f"the {base.config.model_type} architecture changes its logits after the output layer, which 03_train "
+                "does not know how to do; take another model"
+            )
+        if not tree:
+            return
+        window = _window(base.config)
+        if window and window < longest:
+            raise InputError(
+                f"this model has sliding-window attention over {window} tokens and a sample has {longest}: the prefix "
+                "tree does not count such windows; take --packing per-turn, or a --max-context within the window"
+            )
+        both = prefix_tree.pack_tree([other, alone], [0.0, 1.0], 64)[0]
+        try:
+            found = hidden_rows(base, both).float()[torch.from_numpy(np.flatnonzero(both.weights))]
+            isolated = _distance(found, expected) <= tolerance
+        except (TypeError, ValueError, RuntimeError, AttributeError):
+            isolated = False
+        if not isolated:
+            raise InputError(
+                f"the {base.config.model_type} architecture mixes the branches of a prefix tree (recurrent state, or "
+                "positions counted by row): take --packing per-turn"
+            )
+
+
+def _distance(a: Any, b: Any) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def _window(config: Any) -> int | None:
+    text = config.get_text_config()
+    if any("full" not in kind for kind in getattr(text, "layer_types", None) or []):
+        return getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None)
+    if getattr(text, "layer_types", None) or getattr(text, "use_sliding_window", True) is False:
+        return None
+    return getattr(text, "sliding_window", None)
+
+
+def save_adapter(peft_model: Any, out: Path) -> None:
+    """Write the adapter into `out`. Its files are finished elsewhere and moved in; adapter_config.json comes last."""
+    half = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(half, ignore_errors=True)
+    try:
+        # save_embedding_layers: "auto" would ask the hub whether the vocabulary has grown
+        peft_model.save_pretrained(half, save_embedding_layers=False)
+        config = json.loads((half / "adapter_config.json").read_text())
+        config["target_modules"] = sorted(config["target_modules"])  # a set: in another order each time
+        (half / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        remove_adapter(out)
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            with open(half / name, "rb") as stream:
+                os.fsync(stream.fileno())
+            os.replace(half / name, out / name)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def remove_adapter(out: Path) -> None:
+    """Take an adapter away such that what is left of it never looks whole."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (out / name).unlink(missing_ok=True)
+
+
+def peak_memory_mb() -> float:
+    """The most memory used so far: of the GPU on CUDA, of this process on CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:300]
