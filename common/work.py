@@ -69,10 +69,17 @@ class Work:
     def _each(self, items: list, do: Callable):
         """Yield ("record" | "end" | "error", item, value) as they come. An interrupt does not wait for the threads."""
         waiting: queue.SimpleQueue = queue.SimpleQueue()
-        came: queue.SimpleQueue = queue.SimpleQueue()
+        came: queue.Queue = queue.Queue(maxsize=self.workers)  # work does not run ahead of what is written
         stop = threading.Event()
         for item in items:
             waiting.put(item)
+
+        def put(*event) -> None:
+            while not stop.is_set():
+                try:
+                    return came.put(event, timeout=0.2)
+                except queue.Full:
+                    pass
 
         def loop():
             while not stop.is_set():
@@ -82,10 +89,10 @@ class Work:
                     return
                 try:
                     for value in do(item):
-                        came.put(("record", item, value))
-                    came.put(("end", item, None))
+                        put("record", item, value)
+                    put("end", item, None)
                 except BaseException as error:
-                    came.put(("error", item, error))
+                    put("error", item, error)
 
         for _ in range(min(self.workers, len(items))):
             threading.Thread(target=loop, daemon=True).start()

@@ -1,0 +1,45 @@
+"""One command out of a message, and what is answered."""
+
+import pytest
+
+from common import actions
+from common.prompts import REMINDER
+
+
+class Result:
+    def __init__(self, exit_code=0, output="", timed_out=False, seconds=1.0):
+        self.exit_code, self.output, self.timed_out, self.seconds = exit_code, output, timed_out, seconds
+
+
+@pytest.mark.parametrize(
+    "text, command",
+    [
+        ("Look.\n```bash\nls\n```", "ls"),
+        ("```bash\nls\n```\nthen more words", "ls"),
+        ("```bash\npython - <<'X'\nprint('```')\nX\n```", "python - <<'X'\nprint('```')\nX"),
+        ("```bash  \n ls -l \n```  ", "ls -l"),
+        ("two\n```bash\nls\n```\n```bash\npwd\n```", None),
+        ("```bash\n\n```", None),
+        ("```python\nprint()\n```", None),
+        ("```bash\nls", None),
+        ("ls", None),
+        ("", None),
+    ],
+)
+def test_parse(text, command):
+    assert actions.parse(text) == command
+
+
+def test_observe():
+    assert actions.observe(Result(0, "a\nb\n")) == "exit 0\na\nb"
+    assert actions.observe(Result(1, "")) == "exit 1"
+    assert actions.observe(Result(137, "x", timed_out=True, seconds=20.1)) == "exit 137\nx\n(killed after 20 s)"
+
+
+def test_what_is_no_good_action():
+    good = "Go.\n```bash\nls\n```"
+    assert actions.wrong_with(good, "stop") is None
+    assert actions.wrong_with(good, "length") == "cut off"
+    assert actions.wrong_with(" \n", "stop") == "empty"
+    assert actions.wrong_with("no block", "stop") == "not exactly one command"
+    assert "```bash" in REMINDER

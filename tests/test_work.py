@@ -1,0 +1,93 @@
+"""Many pieces of work at once: failures of the machine are tried again and never become results."""
+
+import threading
+import time
+
+import pytest
+
+from common.errors import InfraError, InputError, StageError
+from common.work import Work
+
+
+def run(work, items, do):
+    records, ended, failed = [], [], []
+    left = work.run(items, do, records.append, ended.append, lambda item, error: failed.append(item))
+    return left, records, ended, failed
+
+
+def test_every_item_once():
+    left, records, ended, failed = run(Work(workers=4), list(range(20)), lambda n: [n, -n])
+    assert left == 0 and not failed
+    assert sorted(ended) == list(range(20))
+    assert sorted(records) == sorted(list(range(20)) + [-n for n in range(20)])
+
+
+def test_infra_errors_are_tried_again_in_later_rounds():
+    tries = {}
+
+    def do(n):
+        tries[n] = tries.get(n, 0) + 1
+        if n % 3 == 0 and tries[n] < 3:
+            raise InfraError("engine down")
+        return [n]
+
+    left, records, _, failed = run(Work(workers=1, retries=2, total=9), list(range(9)), do)
+    assert left == 0 and sorted(records) == list(range(9))
+    assert sorted(failed) == [0, 0, 3, 3, 6, 6]
+
+
+def test_a_few_may_stay_undone_and_more_may_not():
+    def do(n):
+        if n == 0:
+            raise InfraError("image missing")
+        return [n]
+
+    assert run(Work(retries=1, max_infra=0.1, total=10), list(range(10)), do)[0] == 1
+    with pytest.raises(StageError, match="1 of 10 could not be run"):
+        run(Work(retries=1, max_infra=0.05, total=10), list(range(10)), do)
+
+
+def test_failures_in_a_row_stop_the_run_early():
+    asked = []
+
+    def do(n):
+        asked.append(n)
+        raise InfraError("connection refused")
+
+    with pytest.raises(StageError, match="4 failures of the machine in a row.*connection refused"):
+        run(Work(workers=2, retries=2, total=1000), list(range(1000)), do)
+    assert len(asked) < 20
+
+
+def test_bad_input_ends_the_run_at_once():
+    def do(n):
+        if n == 2:
+            raise InputError("no turn 7")
+        time.sleep(0.01)
+        return [n]
+
+    with pytest.raises(InputError, match="no turn 7"):
+        run(Work(workers=2, total=100), list(range(100)), do)
+
+
+def test_records_before_an_error_are_kept():
+    """A trajectory's labels are written one by one: what was paid for is not lost with the next request."""
+
+    def do(n):
+        yield n
+        raise InfraError("gone")
+
+    records = []
+    with pytest.raises(StageError):
+        Work(retries=0, total=1, max_infra=0).run(["a"], do, records.append, lambda i: None, lambda i, e: None)
+    assert records == ["a"]
+
+
+def test_workers_run_at_the_same_time():
+    together = threading.Barrier(8, timeout=10)
+
+    def do(n):
+        together.wait()
+        return [n]
+
+    assert run(Work(workers=8), list(range(8)), do)[0] == 0
