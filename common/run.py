@@ -40,7 +40,8 @@ def parse(args_class: type, argv: list[str] | None = None):
     parser = argparse.ArgumentParser(
         description=script.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    for field in dataclasses.fields(args_class):
+    fields = dataclasses.fields(args_class)  # inherited flags stand behind the script's own
+    for field in sorted(fields, key=lambda field: field.name not in args_class.__annotations__):
         options = {"dest": field.name, "help": _help(args_class, field)}
         kind = field.type
         if typing.get_origin(kind) is types.UnionType:  # X | None
@@ -54,7 +55,7 @@ def parse(args_class: type, argv: list[str] | None = None):
         if kind is bool:
             options["action"] = "store_true"
         elif typing.get_origin(kind) is list:
-            options |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": field.name.upper()}
+            options |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": "X"}
         elif typing.get_origin(kind) is typing.Literal:
             options["choices"] = typing.get_args(kind)
         else:

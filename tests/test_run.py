@@ -1,0 +1,92 @@
+"""The command line, exit codes, manifests and what counts as the same work."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from common import run
+from common.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("01_collect.py", "02_relabel.py", "03_train.py", "04_eval.py")
+
+
+@dataclass
+class Args:
+    out: str
+    """where to"""
+    beta: float | None = None
+    """share of the teacher, 100 % by default"""
+    data: list[str] | None = None
+    """files"""
+    show: bool = False
+    """print"""
+    workers: int = 3
+    """threads"""
+
+
+def test_flags_come_from_the_fields():
+    args = run.parse(Args, ["--out", "x", "--beta", "0.5", "--data", "a", "b", "--show"])
+    assert args == Args("x", 0.5, ["a", "b"], True, 3)
+
+
+def test_help_shows_the_text_under_a_field(capsys):
+    with pytest.raises(SystemExit) as left:
+        run.parse(Args, ["--help"])
+    assert left.value.code == 0
+    assert "share of the teacher, 100 % by default" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("argv", [[], ["--out"], ["--out", "x", "--beta", "high"], ["--out", "x", "--other", "1"]])
+def test_bad_usage_is_exit_2(argv, capsys):
+    with pytest.raises(SystemExit) as left:
+        run.parse(Args, argv)
+    assert left.value.code == 2
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_answers_at_once(script):
+    """No model library may be loaded for a question about flags. Aim: 0.5 s; the bound allows for a busy machine."""
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--overwrite" in done.stdout
+    assert time.monotonic() - began < 2
+    code = f"import runpy, sys; sys.argv = ['x', '--help']\ntry: runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"
+    code += "\nexcept SystemExit: pass\nprint([m for m in ('torch', 'transformers', 'swebench', 'scipy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip().endswith("[]"), done.stderr
+
+
+def test_same_work_goes_on_and_other_work_is_refused(tmp_path):
+    out = str(tmp_path / "deep" / "t.jsonl")
+    args = Args(out)
+    same = {"tasks": "abc", "student": {"model": "hf:x", "sampling": {"temperature": 0.7}}}
+    stage = run.Stage(out, args, same)
+    assert not stage.done
+    assert not run.Stage(out, args, same).done
+    other = {"tasks": "abc", "student": {"model": "hf:x", "sampling": {"temperature": 0.0}}}
+    with pytest.raises(InputError, match="student.sampling.temperature = 0.7, now it is 0.0.*--overwrite"):
+        run.Stage(out, args, other)
+    stage.finish({"turns": 3, "share": 1 / 3})
+    again = run.Stage(out, args, same)
+    assert again.done and again.manifest["summary"]["turns"] == 3
+    with pytest.raises(InputError, match="another --out"):  # also when it is finished
+        run.Stage(out, args, other)
+    assert not run.Stage(out, args, other, overwrite=True).done
+
+
+def test_manifest_says_how_it_was_made(tmp_path):
+    stage = run.Stage(str(tmp_path / "t.jsonl"), Args("x"), {"seed": 1})
+    content = json.loads(stage.manifest_path.read_text())
+    assert content["settings"]["workers"] == 3 and content["same"] == {"seed": 1}
+    assert {"command", "commit", "diff", "packages", "started"} <= content.keys()
+
+
+def test_summary_line(capsys):
+    run.print_summary({"labels": 3, "loss": 0.123456789, "agree": None, "table": {"a": 1}})
+    assert capsys.readouterr().out == "summary labels=3 loss=0.1234568 agree=None\n"
