@@ -1,0 +1,572 @@
+"""The local sandbox: every command in bubblewrap, with its own copy of the task's repository at /testbed.
+
+    with LocalSandbox(row) as sandbox:
+        result = sandbox.run("python -m pytest -q")
+        patch = sandbox.diff()
+
+A command is a fresh `bash -c` in /testbed. It can write to /testbed and /tmp (both last as long as the sandbox) and to
+nothing else; it sees /usr, a few files of /etc, the task's interpreter and none of the host's environment, homes,
+processes or network. When its bash ends, and at the timeout, every process that it started is killed with the PID
+namespace they live in; when this program dies, however, they die too.
+
+Limits (arguments of LocalSandbox), and who enforces them:
+* wall time: the caller's thread, by killing the namespace.
+* memory: per process the kernel (RLIMIT_DATA); for all processes of a command together a thread that looks at them
+  every 50 ms and kills them all. What belongs to no process (memfd and the like) cannot be had: common/seccomp.py.
+* processes and threads: RLIMIT_NPROC, which counts for the sandbox alone, because as root every sandbox has a user id
+  of its own, and as another user it has a user namespace of its own (before Linux 5.14: the watching thread alone).
+* size of a file: RLIMIT_FSIZE. All that is written to /testbed and /tmp: the watching thread, from the free space of the
+  disk and then by adding up (a burst of some 100 ms is seen too late, a longer one is not).
+* output: what is kept is bounded; a command that prints more than 64 MB is killed.
+
+Not a virtual machine: an attack on the kernel is out of scope, and so are CPU time and disk bandwidth, which are shared.
+Linux only. Works as root and as any user, but not where user namespaces are off (for users) or inside most containers.
+"""
+
+import atexit
+import codecs
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import itertools
+import json
+import os
+import platform
+import resource
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from common import repository, seccomp
+from common.errors import InfraError, InputError
+
+MEGABYTE = 1 << 20
+MAX_PRINTED = 64 * MEGABYTE
+TICK = 0.05  # seconds between two looks at a command's processes
+PREFIX = "swe-dagger-sandboxes-"
+USER, FIRST_UID, UIDS = 1000, 20000, 40000  # inside, as a user; as root: a uid of these for each sandbox
+ETC = ("alternatives", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "mime.types", "os-release", "protocols", "services",
+       "ssl/certs", "ssl/openssl.cnf", "ca-certificates", "pki")
+
+
+@dataclasses.dataclass
+class CommandResult:
+    exit_code: int  # of bash; 124 at the timeout, 137 if killed for another limit (the output says which)
+    output: str  # stdout and stderr as they came, the middle cut out if it is long
+    seconds: float
+    truncated: bool
+    timed_out: bool
+
+
+def open_sandbox(row: dict, kind: str = "auto", command_timeout: float = 30.0) -> "LocalSandbox":
+    """The sandbox of a task, not started. kind: auto or local."""
+    if kind not in ("auto", "local"):
+        raise InputError(f"unknown sandbox {kind!r}: auto or local")
+    return LocalSandbox(row, command_timeout=command_timeout)
+
+
+class LocalSandbox:
+    """One task's sandbox: start, run, diff, stop. Many may live in one process; one is used by one thread at a time."""
+
+    def __init__(self, row: dict, *, command_timeout: float = 30.0, memory: int = 2048 * MEGABYTE, processes: int = 512,
+                 disk: int = 1024 * MEGABYTE, output_limit: int = 4000):
+        """Sizes in bytes, times in seconds, output_limit in characters. Raises InputError for a row without `local`."""
+        if not isinstance(row.get("local"), dict):
+            raise InputError(f"{row.get('instance_id')}: no field `local`, which the local sandbox needs")
+        self.row, self.local = row, row["local"]
+        self.command_timeout, self.memory, self.processes, self.disk = command_timeout, memory, processes, disk
+        self.output_limit = output_limit
+        self.folder: Path | None = None
+        self.checkout: repository.Checkout
+
+    def __enter__(self) -> "LocalSandbox":
+        self.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Copy the repository and run the set-up commands. Raises InputError (bad row, no bubblewrap) or InfraError."""
+        check_bubblewrap()
+        prefixes, bin_directory = interpreter(self.local.get("python") or sys.executable)
+        try:
+            number = next(_numbers)
+            self.folder = home() / f"{number:06d}"
+            self.folder.mkdir()
+            self.uid = FIRST_UID + (os.getpid() * 64 + number) % UIDS if os.geteuid() == 0 else None
+            template = repository.prepare(self.row, home())
+            try:
+                self.checkout = repository.Checkout(template, self.folder, self.uid)
+            except BaseException:
+                repository.release(template)
+                raise
+            self.environment = {
+                "PATH": f"{bin_directory}:/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp/home", "LANG": "C.UTF-8",
+                "TERM": "dumb", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0",
+            } | {str(k): str(v) for k, v in (self.local.get("env") or {}).items()}
+            self.arguments = self._arguments(prefixes)
+            tree = sum(status.st_size + 4096 for _, status in repository.walk(self.checkout.tree))
+            self.meter = _DiskMeter([self.checkout.tree, self.folder / "tmp"], self.disk + 2 * tree)
+            for command in self.local.get("setup") or []:
+                result = self.run(command, timeout=3600.0)
+                if result.exit_code:
+                    raise InfraError(f"{self.row['instance_id']}: set-up command {command!r} ended with "
+                                     f"{result.exit_code}: {result.output.strip()}")
+            if self.local.get("setup"):
+                self.checkout.rebase()
+        except OSError as error:
+            self.stop()
+            raise InfraError(f"{self.row['instance_id']}: cannot start a sandbox: {error}") from error
+        except BaseException:
+            self.stop()
+            raise
+
+    def run(self, command: str, timeout: float | None = None) -> CommandResult:
+        """Run one command; timeout in seconds, by default the sandbox's. Raises InfraError if the sandbox broke."""
+        return self.execute(command, timeout=self.command_timeout if timeout is None else timeout)
+
+    def diff(self) -> str:
+        """The patch from the base commit to what is in /testbed now, whatever happened to its .git."""
+        return self.checkout.diff()
+
+    def stop(self) -> None:
+        """Remove the copy. Safe to call twice."""
+        if self.folder is not None:
+            with contextlib.suppress(AttributeError):
+                repository.release(self.checkout.template)
+                del self.checkout
+            remove(self.folder)
+            self.folder = None
+
+    def execute(self, command: str, *, timeout: float, mounts: tuple[str, ...] = (), environment: dict | None = None,
+                output_limit: int | None = None) -> CommandResult:
+        """`run` with more bwrap arguments (mounts), another environment or another limit of the kept output."""
+        started = time.monotonic()
+        command_bytes = command.encode("utf-8", "replace")
+        if b"\0" in command_bytes or len(command_bytes) > 120_000:  # what execve would refuse
+            why = "a NUL character in the command" if b"\0" in command_bytes else "Argument list too long"
+            return CommandResult(126, f"bash: {why}\n", 0.0, False, False)
+        output = _Output(self.output_limit if output_limit is None else output_limit)
+        with contextlib.ExitStack() as stack:
+            job = self._spawn(command_bytes, mounts, environment or self.environment, stack)
+            self._follow(job, output, started + timeout)
+        text = output.text()
+        if job.killed is None and job.exit_code is None:
+            raise InfraError(f"{self.row['instance_id']}: bubblewrap failed: {text.strip()[-1000:]}")
+        if job.killed is None and self.meter.over():
+            job.killed = self.meter.reason
+        if job.killed is None:
+            exit_code = job.exit_code
+        else:
+            exit_code = 124 if job.killed == "timeout" else 137
+            if job.killed != "timeout":
+                text += ("\n" if text and not text.endswith("\n") else "") + f"(killed: {job.killed})\n"
+        return CommandResult(exit_code, text, time.monotonic() - started, output.cut > 0, job.killed == "timeout")
+
+    def _arguments(self, prefixes: list[str]) -> list[str]:
+        """bwrap's arguments, the same for every command of this sandbox."""
+        uid = USER if self.uid is None else self.uid
+        etc, tmp = self.folder / "etc", self.folder / "tmp"
+        etc.mkdir()
+        (etc / "passwd").write_text(f"root:x:0:0:root:/root:/bin/bash\nagent:x:{uid}:{uid}::/tmp/home:/bin/bash\n")
+        (etc / "group").write_text(f"root:x:0:\nagent:x:{uid}:\n")
+        (etc / "hosts").write_text("127.0.0.1 localhost sandbox\n::1 localhost\n")
+        (etc / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")
+        for folder in (tmp, tmp / "tmp", tmp / "tmp" / "home", tmp / "shm"):
+            folder.mkdir()
+            if self.uid is not None:
+                os.chown(folder, self.uid, self.uid)
+        (tmp / "tmp").chmod(0o1777)
+        (tmp / "shm").chmod(0o1777)
+        arguments = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--hostname", "sandbox",
+                     "--die-with-parent", "--new-session"]
+        if self.uid is None:
+            arguments += ["--unshare-user", "--uid", str(uid), "--gid", str(uid)]
+        else:
+            arguments += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+        for folder in _parents([*prefixes, "/etc/ssl/certs"]):  # bwrap would make them 0700
+            arguments += ["--perms", "0755", "--dir", folder]
+        arguments += ["--ro-bind", "/usr", "/usr"]
+        for path in ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"):
+            if os.path.islink(path):
+                arguments += ["--symlink", os.readlink(path), path]
+            elif os.path.isdir(path):
+                arguments += ["--ro-bind", path, path]
+        arguments += ["--ro-bind-try", "/nix/store", "/nix/store"]
+        for name in ETC:
+            arguments += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
+        for name in ("passwd", "group", "hosts", "nsswitch.conf"):
+            arguments += ["--ro-bind", str(etc / name), f"/etc/{name}"]
+        arguments += ["--proc", "/proc", "--dev", "/dev", "--bind", str(tmp / "shm"), "/dev/shm", "--remount-ro", "/dev",
+                      "--bind", str(tmp / "tmp"), "/tmp"]
+        for prefix in prefixes:
+            arguments += ["--ro-bind", os.path.realpath(prefix), prefix]
+        arguments += ["--bind", str(self.checkout.tree), "/testbed", "--chdir", "/testbed"]
+        return arguments
+
+    def _spawn(self, command: bytes, mounts: tuple[str, ...], environment: dict, stack: contextlib.ExitStack) -> "_Job":
+        arguments = [*self.arguments, *mounts, "--remount-ro", "/"]
+        # Through a file, because /proc/1/cmdline inside shows what is on the command line.
+        with tempfile.TemporaryFile(dir=self.folder) as file:
+            file.write(b"".join(os.fsencode(a) + b"\0" for a in arguments))
+            file.flush()
+            file.seek(0)
+            handles = [file.fileno()]
+            argv = ["bwrap", "--args", str(file.fileno())]
+            if (filter_file := home() / "seccomp").exists():
+                handles.append(stack.enter_context(open(filter_file, "rb")).fileno())
+                argv += ["--seccomp", str(handles[-1])]
+            output, output_end = os.pipe()
+            status, status_end = os.pipe()
+            argv += ["--json-status-fd", str(status_end), "--", *self._limits(), "bash", "-c"]
+            try:
+                process = subprocess.Popen([*argv, command], stdin=subprocess.DEVNULL, stdout=output_end,
+                                           stderr=output_end, env=environment, cwd="/", start_new_session=True,
+                                           pass_fds=[*handles, status_end])
+            except OSError as error:
+                os.close(output), os.close(status)
+                raise InfraError(f"{self.row['instance_id']}: cannot start bubblewrap: {error}") from error
+            finally:
+                os.close(output_end), os.close(status_end)
+        stack.callback(os.close, output)
+        stack.callback(os.close, status)
+        return _Job(process, output, status, self.memory, self.processes, self.meter)
+
+    def _limits(self) -> list[str]:
+        """The commands before bash that set its limits, and as root its user."""
+        limits = {"core": 0, "fsize": self.disk, "data": self.memory, "nofile": 4096}
+        if self.uid is not None or _kernel() >= (5, 14):
+            limits["nproc"] = self.processes
+        argv = ["prlimit"]
+        for name, value in limits.items():
+            hard = resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))[1]
+            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            argv.append(f"--{name}={value}:{value}")
+        if self.uid is not None:
+            argv += ["setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups", "--inh-caps=-all"]
+        return argv
+
+    def _follow(self, job: "_Job", output: "_Output", deadline: float) -> None:
+        """Read until the sandbox is gone; kill it at the deadline."""
+        poll = select.poll()
+        poll.register(job.output, select.POLLIN)
+        poll.register(job.status, select.POLLIN)
+        opened, status = {job.output, job.status}, b""
+        try:
+            _watcher.add(job)
+            while opened:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    if job.killed is not None:
+                        raise InfraError(f"{self.row['instance_id']}: the sandbox cannot be killed")
+                    job.kill("timeout")
+                    deadline = time.monotonic() + 20.0
+                    continue
+                for handle, _ in poll.poll(left * 1000 + 1):
+                    data = os.read(handle, 1 << 16)
+                    if not data:
+                        poll.unregister(handle)
+                        opened.discard(handle)
+                    elif handle == job.status:
+                        status += data
+                    elif output.add(data) > MAX_PRINTED:
+                        job.kill(f"more than {MAX_PRINTED // MEGABYTE} MB of output")
+            job.process.wait(20)
+        except BaseException:
+            job.kill("stopped")
+            job.process.kill()
+            job.process.wait()
+            raise
+        finally:
+            _watcher.remove(job)
+        for line in status.decode(errors="replace").splitlines():
+            job.exit_code = json.loads(line).get("exit-code", job.exit_code)
+
+
+class _Output:
+    """Decodes what a command prints; keeps its head and tail in bounded memory."""
+
+    def __init__(self, limit: int):
+        self.limit, self.head, self.tail, self.cut, self.bytes = limit, "", "", 0, 0
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, data: bytes, final: bool = False) -> int:
+        """Returns the number of bytes so far."""
+        self.bytes += len(data)
+        text = self.decoder.decode(data, final)
+        room = self.limit - len(self.head)
+        if room > 0:
+            self.head, text = self.head + text[:room], text[room:]
+        self.tail += text
+        if len(self.tail) > self.limit:
+            self.cut += len(self.tail) - self.limit
+            self.tail = self.tail[-self.limit:]
+        return self.bytes
+
+    def text(self) -> str:
+        self.add(b"", True)
+        if not self.cut and not self.tail:
+            return self.head
+        half = self.limit // 2
+        self.cut += len(self.head) + len(self.tail) - 2 * half
+        tail = (self.head + self.tail)[-half:] if half else ""
+        return f"{self.head[:half]}\n[... {self.cut} characters cut ...]\n{tail}"
+
+
+class _Job:
+    """One running command."""
+
+    def __init__(self, process, output: int, status: int, memory: int, processes: int, meter: "_DiskMeter"):
+        self.process, self.output, self.status = process, output, status
+        self.memory, self.processes, self.meter = memory, processes, meter
+        self.killed: str | None = None
+        self.exit_code: int | None = None
+        self.lock = threading.Lock()
+
+    def kill(self, reason: str) -> None:
+        """Kill all processes. Killing the namespace's init does it; bwrap itself ends when they are gone."""
+        with self.lock:
+            if self.killed is None:
+                self.killed = reason
+            inside = _children(self.process.pid)
+            for pid in inside or [self.process.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def check(self) -> None:
+        """Kill the command if it is over a limit."""
+        pids = _descendants(self.process.pid)
+        resident = tasks = 0
+        for pid in pids:
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                with open(f"/proc/{pid}/stat", "rb") as file:
+                    fields = file.read().rpartition(b")")[2].split()
+                tasks += int(fields[17])
+                resident += int(fields[21]) * resource.getpagesize()
+        if resident > self.memory and sum(map(_proportional, pids)) > self.memory:
+            self.kill(f"more than {self.memory // MEGABYTE} MB of memory")
+        elif tasks >= self.processes:
+            self.kill(f"more than {self.processes} processes and threads")
+        elif self.meter.over():
+            self.kill(self.meter.reason)
+
+
+class _DiskMeter:
+    """Whether a sandbox has written more than it may. Adds up only after the disk's free space has shrunk."""
+
+    def __init__(self, folders: list[Path], limit: int):
+        self.folders, self.limit = folders, limit
+        self.reason = "too much written to /testbed and /tmp"
+        self.free = self._free()
+        self.used = 0
+
+    def _free(self) -> tuple[int, int]:
+        status = os.statvfs(self.folders[0])
+        return status.f_bfree * status.f_frsize, status.f_ffree
+
+    def over(self) -> bool:
+        free = self._free()
+        if self.free[0] - free[0] < self.limit // 16 and self.free[1] - free[1] < 10_000:
+            return False
+        self.free, before = free, self.used
+        self.used = sum(_usage(folder) for folder in self.folders)
+        return self.used > self.limit and self.used > before  # what makes room again may run
+
+
+class _Watcher:
+    """The thread that looks at all running commands. It exists while there are any."""
+
+    def __init__(self):
+        self.jobs: set[_Job] = set()
+        self.lock = threading.Lock()
+        self.thread: threading.Thread | None = None
+
+    def add(self, job: _Job) -> None:
+        with self.lock:
+            self.jobs.add(job)
+            if self.thread is None or not self.thread.is_alive():
+                self.thread = threading.Thread(target=self._loop, daemon=True, name="sandbox watcher")
+                self.thread.start()
+
+    def remove(self, job: _Job) -> None:
+        with self.lock:
+            self.jobs.discard(job)
+
+    def _loop(self) -> None:
+        idle = 0
+        while True:
+            time.sleep(TICK)
+            with self.lock:
+                jobs = list(self.jobs)
+                idle = 0 if jobs else idle + 1
+                if idle > 100:
+                    self.thread = None
+                    return
+            for job in jobs:
+                try:
+                    job.check()
+                except OSError:  # it has just ended
+                    pass
+
+
+_watcher = _Watcher()
+_numbers = itertools.count(1)
+
+
+def _parents(paths: list[str]) -> list[str]:
+    """All directories above these, but the root; the shortest first."""
+    return sorted({str(parent) for path in paths for parent in Path(path).parents} - {"/"})
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{task}/children", "rb") as file:
+                found += map(int, file.read().split())
+    return found
+
+
+def _descendants(pid: int) -> list[int]:
+    found, queue = [], [pid]
+    while queue:
+        children = _children(queue.pop())
+        found += children
+        queue += children
+    return found
+
+
+def _proportional(pid: int) -> int:
+    """Bytes of anonymous and shared memory of a process, what it shares counted in proportion."""
+    with contextlib.suppress(OSError):
+        with open(f"/proc/{pid}/smaps_rollup") as file:
+            sizes = dict(line.split(":", 1) for line in file if line.startswith("Pss"))
+        return sum(int(sizes[key].split()[0]) for key in ("Pss_Anon", "Pss_Shmem")) * 1024
+    return 0
+
+
+def _usage(folder: Path) -> int:
+    total = 0
+    for directory, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += max(4096, os.lstat(os.path.join(directory, name)).st_blocks * 512)
+        total += 4096
+    return total
+
+
+def _kernel() -> tuple[int, ...]:
+    return tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is found out once
+
+@functools.cache
+def interpreter(python: str) -> tuple[list[str], str]:
+    """(directories to mount so that this interpreter works, directory to put on PATH). Raises InputError."""
+    script = ("import os, sys; print(getattr(sys, 'base_prefix', sys.prefix)); print(sys.prefix); "
+              "print(os.path.realpath(sys.executable))")
+    if not os.path.isabs(python):
+        raise InputError(f"local.python must be an absolute path: {python}")
+    try:
+        done = subprocess.run([python, "-s", "-E", "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise InputError(f"the interpreter {python} (local.python) does not work: {error}") from None
+    base, prefix, executable = done.stdout.splitlines()
+    prefixes = [base, prefix, os.path.realpath(base), os.path.realpath(prefix)]
+    link = python  # each step of python -> python3 -> /somewhere/bin/python3.11 must exist inside
+    while True:
+        prefixes.append(os.path.dirname(os.path.dirname(link)))
+        if not os.path.islink(link):
+            break
+        link = os.path.normpath(os.path.join(os.path.dirname(link), os.readlink(link)))
+    prefixes.append(os.path.dirname(os.path.dirname(executable)))
+    seen = ("/usr", "/bin", "/lib", "/lib64", "/sbin")
+    kept = []
+    for path in dict.fromkeys(prefixes):
+        if path in ("/", os.path.expanduser("~")):
+            if path != "/":
+                raise InputError(f"the interpreter {python} lives directly in a home directory: use a virtual environment")
+        elif not any(path == s or path.startswith(s + "/") for s in seen):
+            kept.append(path)
+    return sorted(kept), os.path.dirname(python)
+
+
+@functools.cache
+def check_bubblewrap() -> None:
+    """Raises InputError if bubblewrap is missing or does not work here."""
+    how = ("the local sandbox needs bubblewrap: `apt-get install bubblewrap` (or dnf, pacman) and user namespaces; "
+           "or use tasks with a Docker image")
+    if shutil.which("bwrap") is None:
+        raise InputError(how)
+    argv = ["bwrap", "--unshare-pid", "--unshare-net", "--die-with-parent", "--ro-bind", "/", "/", "--proc", "/proc",
+            "--dev", "/dev", "prlimit", "--core=0", "true"]
+    if os.geteuid():
+        argv[1:1] = ["--unshare-user"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(f"{how}. bwrap says: {' '.join(done.stderr.split())[-300:]}")
+
+
+_home: tuple[int, Path, object] | None = None
+_home_lock = threading.Lock()
+
+
+def home() -> Path:
+    """This process's directory for sandboxes, locked for as long as the process lives; removes those of dead ones."""
+    global _home
+    with _home_lock:
+        if _home is None or _home[0] != os.getpid():
+            prune()
+            starting = Path(tempfile.mkdtemp(prefix=f"starting-{PREFIX}{os.getpid()}-"))
+            lock = open(starting / "lock", "w")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if (code := seccomp.program()) is not None:
+                (starting / "seccomp").write_bytes(code)
+            folder = starting.rename(starting.with_name(starting.name.removeprefix("starting-")))
+            _home = (os.getpid(), folder, lock)
+            atexit.register(_leave, os.getpid(), folder)
+        return _home[1]
+
+
+def _leave(pid: int, folder: Path) -> None:
+    if pid == os.getpid():
+        remove(folder)
+
+
+def prune() -> list[Path]:
+    """Remove the sandbox directories whose process is dead: those whose lock can be had. Returns them."""
+    gone = []
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        try:
+            with open(folder / "lock") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove(folder)
+                gone.append(folder)
+        except OSError:  # alive, or another user's
+            continue
+    return gone
+
+
+def remove(folder: Path) -> None:
+    """Remove a directory, whatever modes and depths a command has left in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        subprocess.run(["chmod", "-R", "u+rwx", "--", str(folder)], capture_output=True)
+        subprocess.run(["rm", "-rf", "--", str(folder)], capture_output=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["prune"]:
+        sys.exit("usage: python -m common.sandbox prune")
+    for removed in prune():
+        print(f"removed {removed}")
