@@ -1,0 +1,381 @@
+"""The scripted expert of the toy tasks: a policy over the conversation, as any teacher.
+
+It knows the gold patch and acts only on what the conversation shows: it opens the file that a search, an import or a
+test named, edits a line as it was last printed, tests after an edit and submits after a passing run. Whoever made the
+turns so far, it goes on from there. What a command did to the files is told by reading, never by trust: after a
+failing test it reads the file again, and after a command that it does not know it looks at `git status` first.
+
+The conversation is replayed into a `_Scene` (what is on the screen and still holds); `_decide` picks the next turn.
+"""
+
+import re
+import shlex
+from dataclasses import dataclass, field
+
+from common import actions, toy_tasks
+from common.toy_tasks import Edit, Task
+
+_READERS = {"cat", "grep", "ls", "head", "tail", "wc", "pwd", "nl", "tree", "which", "true", "false", "cd", "diff", "file",
+            "less", "more", "egrep", "fgrep", "stat", "du", "whoami", "date", "test", "sleep", "echo", "printf", "sort"}  # fmt: skip
+_GIT_READERS = {"status", "diff", "log", "show", "blame", "ls-files", "grep", "rev-parse", "add", "rev-list"}
+_ROOT = "$(git rev-list --max-parents=0 HEAD)"  # the commit that the task began with, whatever was committed since
+
+
+def act(row: dict, messages: list[dict]) -> str:
+    """The next assistant turn: a short sentence and one command. Raises InputError for a row that is no toy task."""
+    task = toy_tasks.find(row)
+    why, command = _decide(task, _replay(task, messages))
+    return f"{why}\n```bash\n{command}\n```"
+
+
+@dataclass
+class _Scene:
+    shown: str = ""  # all that was displayed so far, the issue included
+    places: dict[str, str] = field(default_factory=dict)  # function -> file, as displayed
+    views: dict[str, str | None] = field(default_factory=dict)  # file -> its text as last displayed, plus known edits
+    fresh: set[str] = field(default_factory=set)  # files whose view holds and was read after the last failing test
+    tried: dict[str, int] = field(default_factory=dict)  # file -> edits since it was read
+    touched: dict[str, set[int]] = field(default_factory=dict)  # file -> lines that those edits changed
+    changed: bool = False  # something may have changed since the last full test run
+    passed: bool = False  # the last full test run since the last change passed
+    failed: bool = False  # ... or failed
+    stray: list[str] = field(default_factory=list)  # files edited that have nothing to do with the task
+    odd: bool = False  # a command whose effect is not known
+    moved: bool = False  # HEAD may not be the first commit any more
+    mess: bool = False  # git status shows more than edits of the right file
+    looked: bool = False  # git status was clean and yet the tests fail
+
+
+# ---- from the conversation to what is known -----------------------------------------------------------------------
+
+
+def _replay(task: Task, messages: list[dict]) -> _Scene:
+    scene = _Scene(shown=messages[1]["content"] + "\n")
+    for said, seen in zip(messages[2::2], messages[3::2]):
+        command = actions.parse(said["content"])
+        first, _, output = seen["content"].partition("\n")
+        code = re.fullmatch(r"exit (-?\d+)", first)
+        if command is not None and code is not None:
+            _observe(task, scene, command, int(code[1]), output)
+    return scene
+
+
+def _observe(task: Task, scene: _Scene, command: str, code: int, output: str) -> None:
+    """One command and what it printed."""
+    scene.shown += output + "\n"
+    for path, name in re.findall(r"^(?:\./)?(\w+/\w+\.py):(?:\d+:)?def (\w+)\(", output, re.M):
+        scene.places[name] = path
+    for package, module, names in re.findall(r"^from (\w+)\.(\w+) import ([\w, ]+)$", output, re.M):
+        for name in names.split(", "):
+            scene.places.setdefault(name, f"{package}/{module}.py")
+    pieces = _pieces(command)
+    if pieces is None:
+        _unknown(scene)
+        return
+    alone = pieces[0] if len(pieces) == 1 else None
+    for words in pieces:
+        if alone is None and words[0] in ("sed", "git", "pytest", "python") and not _reads(words):
+            _unknown(scene)  # a chain: what of it ran is not clear
+        elif _reads(words):
+            if alone and words[0] == "cat" and len(words) == 2 and code == 0:
+                _viewed(scene, _clean(words[1]), output)
+            elif alone and words[:2] == ["git", "status"] and "--short" in words and code == 0:
+                _status(task, scene, output)
+            elif alone and words[:3] == ["git", "diff", "--name-status"] and code == 0:
+                _status(task, scene, output)
+            elif alone and words[0] == "grep" and code == 1 and (name := re.fullmatch(r"def (\w+)\(", words[-1])):
+                if name[1] in scene.places or name[1] in _named(task):
+                    scene.odd = True  # it was there: something is gone
+        elif _is_pytest(words):
+            _tested(scene, _full(words), code)
+        elif words[0] == "sed":
+            _sed(task, scene, words, code)
+        elif words[0] == "git":
+            _git(scene, words, code)
+        elif code != 127:  # not a word that the shell does not know
+            _unknown(scene)
+
+
+def _pieces(command: str) -> list[list[str]] | None:
+    """The simple commands of a line as lists of words; None where it is more than simple commands in a row."""
+    lexer = shlex.shlex(command, posix=True, punctuation_chars="();<>|&\n")
+    lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t", True, ""
+    pieces: list[list[str]] = [[]]
+    try:
+        for word in lexer:
+            if word in ("&&", ";", "|", "||", "\n"):
+                pieces.append([])
+            elif set(word) <= set("();<>|&\n"):
+                return None
+            else:
+                pieces[-1].append(word)
+    except ValueError:  # an open quote: the shell runs nothing
+        return [["false"]]
+    if re.search(r"[`]|\$\(", command) and _ROOT not in command:
+        return None
+    pieces = [p for p in pieces if p]
+    if pieces and pieces[0][0] == "cd" and len(pieces) > 1:
+        if len(pieces[0]) == 2 and pieces[0][1] in ("/testbed", "/testbed/", "."):
+            pieces = pieces[1:]
+        elif any(not _reads(p) for p in pieces):
+            return None
+    return pieces or [["true"]]
+
+
+def _reads(words: list[str]) -> bool:
+    head = words[0]
+    if head == "git":
+        return len(words) > 1 and words[1] in _GIT_READERS
+    if head == "sed":
+        return not any(w.startswith("-i") or w.startswith("--in") or (w[:1] == "-" and "i" in w[1:] and w[1:2] != "-") for w in words) \
+            and not re.search(r"\bw ", " ".join(words))  # fmt: skip
+    if head == "find":
+        return not {"-delete", "-exec", "-execdir", "-fprint"} & set(words)
+    if head in ("python", "python3"):
+        code = " ".join(words[1:])
+        return words[1:2] == ["-c"] and not re.search(r"open|write|os|sys|shutil|Path|exec|eval|import \*|__", code)
+    return head in _READERS and not ("sort" == head and "-o" in words)
+
+
+def _is_pytest(words: list[str]) -> bool:
+    return words[0] in ("pytest", "py.test") or words[:3] in (["python", "-m", "pytest"], ["python3", "-m", "pytest"])
+
+
+def _full(words: list[str]) -> bool:
+    """Does this pytest command run every test?"""
+    rest = words[3:] if words[0].startswith("python") else words[1:]
+    return all(w in (".", "tests", "tests/", "-q", "-v", "-x", "-s", "-vv", "-qq", "-rA", "--tb=short") for w in rest)
+
+
+def _clean(path: str) -> str:
+    return path.removeprefix("/testbed/").removeprefix("./")
+
+
+def _viewed(scene: _Scene, path: str, text: str) -> None:
+    scene.views[path] = text.rstrip("\n")
+    scene.fresh.add(path)
+    scene.tried[path] = 0
+    scene.touched[path] = set()
+    for name in re.findall(r"^def (\w+)\(", text, re.M):
+        scene.places[name] = path
+
+
+def _tested(scene: _Scene, full: bool, code: int) -> None:
+    if code != 0:
+        scene.fresh.clear()
+        scene.passed, scene.failed, scene.changed = False, True, False
+    elif full:
+        scene.passed, scene.failed, scene.changed = True, False, False
+
+
+def _altered(scene: _Scene) -> None:
+    scene.changed, scene.passed, scene.failed, scene.looked = True, False, False, False
+
+
+def _unknown(scene: _Scene) -> None:
+    """Any file may be another one now."""
+    _altered(scene)
+    scene.odd = True
+    scene.fresh.clear()
+    scene.views = dict.fromkeys(scene.views)
+
+
+def _sed(task: Task, scene: _Scene, words: list[str], code: int) -> None:
+    """An edit in place. One that failed changed nothing."""
+    parsed = _sed_parts(words)
+    if parsed is None:
+        if code == 0:
+            _unknown(scene)
+        return
+    scripts, paths = parsed
+    if code != 0:
+        if len(paths) > 1:
+            _unknown(scene)
+        return
+    _altered(scene)
+    for path in paths:
+        if path not in task.fixed:
+            scene.stray.append(path)
+            continue
+        scene.tried[path] = scene.tried.get(path, 0) + 1
+        before = scene.views.get(path)
+        after = _apply(scripts, before)
+        scene.views[path] = after
+        if after is None:
+            scene.fresh.discard(path)
+        else:
+            pairs = zip(before.split("\n"), after.split("\n"))
+            scene.touched.setdefault(path, set()).update(i for i, (x, y) in enumerate(pairs) if x != y)
+
+
+def _sed_parts(words: list[str]) -> tuple[list[str], list[str]] | None:
+    """(scripts, files) of `sed -i SCRIPT FILE...` and `sed -i -e SCRIPT ... FILE...`; None for other forms."""
+    rest = [w for w in words[1:] if w != "-i"]
+    scripts = []
+    while len(rest) > 1 and rest[0] == "-e":
+        scripts.append(rest[1])
+        rest = rest[2:]
+    if not scripts and rest:
+        scripts, rest = rest[:1], rest[1:]
+    if not rest or any(w.startswith("-") for w in scripts + rest) or any(set(w) & set("*?[~$") for w in rest):
+        return None
+    return scripts, [_clean(w) for w in rest]
+
+
+def _apply(scripts: list[str], text: str | None) -> str | None:
+    """What sed makes of the text; None where that is not clear."""
+    for script in scripts:
+        parts = re.fullmatch(r"s/((?:[^/\\]|\\.)*)/((?:[^/\\]|\\.)*)/(g?)", script)
+        if text is None or parts is None or not parts[1]:
+            return None
+        pattern = ""
+        for piece in re.findall(r"\\.|.", parts[1]):
+            if piece == ".":
+                pattern += "."
+            elif piece[0] == "\\" and piece[1] in "./*[]^$\\":
+                pattern += re.escape(piece[1])
+            elif piece[0] in "\\*[]^$":
+                return None
+            else:
+                pattern += re.escape(piece)
+        new = parts[2].replace("\\/", "/")
+        if "\\" in new or "&" in new or "\n" in script:
+            return None
+        count = 0 if parts[3] else 1
+        text = "\n".join(re.sub(pattern, lambda _: new, line, count=count) for line in text.split("\n"))
+    return text
+
+
+def _git(scene: _Scene, words: list[str], code: int) -> None:
+    """git commands that change something."""
+    what = words[1] if len(words) > 1 else ""
+    rest = [w for w in words[2:] if w not in ("--", "-q", "-f", _ROOT)]
+    if what == "commit":  # the files stay, HEAD moves
+        scene.moved = True
+    elif what in ("checkout", "restore") and rest and all("/" in w or w == "." for w in rest):
+        if code == 0:
+            _altered(scene)
+            scene.fresh.clear()
+            back = {_clean(w) for w in rest}
+            scene.views = {p: None if "." in back or p in back else v for p, v in scene.views.items()}
+            scene.stray = [] if "." in back else [p for p in scene.stray if p not in back]
+    elif what == "reset" and "--hard" in rest and code == 0:
+        _unknown(scene)
+        scene.mess, scene.stray = False, []
+        scene.odd = scene.moved and _ROOT not in " ".join(words)
+        scene.moved = scene.odd
+    elif what == "stash" and code == 0:
+        _unknown(scene)
+    elif code == 0:
+        _unknown(scene)
+        scene.moved = True
+
+
+def _status(task: Task, scene: _Scene, output: str) -> None:
+    """`git status --short`: nothing but changes inside the right files, or a mess."""
+    lines = [line.split() for line in output.splitlines() if line.strip()]
+    scene.mess = any(len(line) != 2 or line[0] != "M" or line[1] not in task.fixed for line in lines)
+    scene.odd, scene.stray = False, []
+    scene.looked = not scene.mess
+
+
+# ---- from what is known to the next turn --------------------------------------------------------------------------
+
+
+def _named(task: Task) -> set[str]:
+    return {e.function for e in task.edits} | ({task.entry[0]} if task.entry else set())
+
+
+def _decide(task: Task, scene: _Scene) -> tuple[str, str]:
+    """(reason, command). The order of the questions is the order of what anyone would settle first."""
+    root = f" {_ROOT}" if scene.moved else ""
+    if scene.mess:
+        back = f"git reset -q --hard{root} && git clean -fdq"
+        return "Too much has changed. Start again.", back
+    if scene.odd:
+        return "See what changed.", f"git diff --name-status{root}" if scene.moved else "git status --short"
+    if scene.stray:
+        return "That file was right. Undo.", f"git checkout{root} {scene.stray[0]}"
+    wrong = _wrong(task, scene)
+    if scene.passed and wrong is not None and not wrong and _whole(task, scene):
+        return "The tests pass.", "submit"
+
+    in_sight = [e for e in task.edits if _in_sight(task, scene, e)]
+    if not in_sight:
+        if scene.failed and not scene.looked:
+            return "See what changed.", "git status --short"
+        return "Run the tests.", "pytest"
+    for edit in in_sight:
+        if edit.function not in scene.places and edit.path not in scene.views:
+            return _find(task, scene, edit)
+    for path in dict.fromkeys(e.path for e in in_sight):
+        if path not in scene.fresh:
+            again = "again" if path in scene.views else ""
+            return f"Read {path} {again}".rstrip() + ".", f"cat {path}"
+        if not _whole(task, scene, path):
+            return "The file is broken. Restore it.", f"git checkout{root} {path}"
+    open_ = [e for e in in_sight if not _right(scene.views[e.path], e)]
+    tried = sum(scene.tried.values())
+    waiting = [e for e in open_ if e.number not in scene.touched.get(e.path, ())]
+    if waiting and tried < len(in_sight):
+        return _replace(scene, waiting[0])
+    if scene.changed or not (scene.failed or scene.passed):
+        return "Run the tests.", "pytest"
+    return "See what changed.", "git status --short"
+
+
+def _in_sight(task: Task, scene: _Scene, edit: Edit) -> bool:
+    """Has the issue, a file or a failing test named the function with this bug?"""
+    return bool(re.search(rf"\b(test_)?{edit.function}\b", scene.shown.split("\n")[0])) \
+        or bool(re.search(rf"FAILED .*::test_{edit.function}\b", scene.shown)) \
+        or bool(task.entry)  # fmt: skip
+
+
+def _find(task: Task, scene: _Scene, edit: Edit) -> tuple[str, str]:
+    name = edit.function
+    if task.entry:  # the issue tells the function that calls it
+        name, path = task.entry
+        if name in scene.places and path not in scene.fresh:
+            return f"Read {path}.", f"cat {path}"
+    return f"Find {name}.", f"grep -rn 'def {name}('"
+
+
+def _wrong(task: Task, scene: _Scene) -> list[Edit] | None:
+    """The edits that are still to be made, or None if a file is not known well enough to tell."""
+    if any(scene.views.get(e.path) is None for e in task.edits):
+        return None
+    return [e for e in task.edits if not _right(scene.views[e.path], e)]
+
+
+def _right(text: str, edit: Edit) -> bool:
+    lines = text.split("\n")
+    return edit.number < len(lines) and lines[edit.number].rstrip() == edit.line
+
+
+def _whole(task: Task, scene: _Scene, path: str | None = None) -> bool:
+    """Are all lines but those to be edited as they should be?"""
+    for p, fixed in task.fixed.items():
+        if path in (None, p):
+            edits = {e.number for e in task.edits}
+            now, goal = (scene.views.get(p) or "").split("\n"), fixed.rstrip("\n").split("\n")
+            if len(now) != len(goal) or any(x != y for i, (x, y) in enumerate(zip(now, goal)) if i not in edits):
+                return False
+    return True
+
+
+def _replace(scene: _Scene, edit: Edit) -> tuple[str, str]:
+    """The sed for one line, as it stands on the screen."""
+    text = scene.views[edit.path]
+    line = text.split("\n")[edit.number]
+    before, new, after = edit.site
+    old = line[len(before) : len(line) - len(after)]
+    if not (line.startswith(before) and line.endswith(after) and old and text.count(old) == 1):
+        old, new = line.strip(), edit.line.strip()
+    if "'" in old or not old or text.count(old) != 1:
+        return "The line is broken. Restore it.", f"git checkout {edit.path}"
+    why = f"Make it {new.removeprefix('return ')}."
+    return why, f"sed -i 's/{_escape(old)}/{new}/' {edit.path}"
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"([\\/*\[\]^$])", r"\\\1", text)
