@@ -30,7 +30,8 @@ def act(row: dict, messages: list[dict]) -> str:
 
 @dataclass
 class _Scene:
-    shown: str = ""  # all that was displayed so far, the issue included
+    issue: str
+    shown: str = ""  # all that commands have printed so far
     places: dict[str, str] = field(default_factory=dict)  # function -> file, as displayed
     views: dict[str, str | None] = field(default_factory=dict)  # file -> its text as last displayed, plus known edits
     fresh: set[str] = field(default_factory=set)  # files whose view holds and was read after the last failing test
@@ -50,8 +51,9 @@ class _Scene:
 
 
 def _replay(task: Task, messages: list[dict]) -> _Scene:
-    scene = _Scene(shown=messages[1]["content"] + "\n")
-    for said, seen in zip(messages[2::2], messages[3::2]):
+    start = next(i for i, m in enumerate(messages) if m["role"] == "user")
+    scene = _Scene(issue=messages[start]["content"])
+    for said, seen in zip(messages[start + 1 :: 2], messages[start + 2 :: 2]):
         command = actions.parse(said["content"])
         first, _, output = seen["content"].partition("\n")
         code = re.fullmatch(r"exit (-?\d+)", first)
@@ -68,58 +70,71 @@ def _observe(task: Task, scene: _Scene, command: str, code: int, output: str) ->
     for package, module, names in re.findall(r"^from (\w+)\.(\w+) import ([\w, ]+)$", output, re.M):
         for name in names.split(", "):
             scene.places.setdefault(name, f"{package}/{module}.py")
-    pieces = _pieces(command)
-    if pieces is None:
+    pieces, sure = _pieces(command)
+    if len(pieces) > 1 and not all(_reads(p) for p in pieces):
+        if not sure or (code != 0 and not (_is_pytest(pieces[-1]) and "short test summary" in output)):
+            _unknown(scene)  # which of them ran is not clear
+            return
+    for i, words in enumerate(pieces):
+        _step(task, scene, words, 0 if i + 1 < len(pieces) else code, output if len(pieces) == 1 else None)
+
+
+def _step(task: Task, scene: _Scene, words: list[str], code: int, output: str | None) -> None:
+    """One simple command. `output` is None where it is not known to be this command's alone."""
+    if not words:
         _unknown(scene)
-        return
-    alone = pieces[0] if len(pieces) == 1 else None
-    for words in pieces:
-        if alone is None and words[0] in ("sed", "git", "pytest", "python") and not _reads(words):
-            _unknown(scene)  # a chain: what of it ran is not clear
-        elif _reads(words):
-            if alone and words[0] == "cat" and len(words) == 2 and code == 0:
-                _viewed(scene, _clean(words[1]), output)
-            elif alone and words[:2] == ["git", "status"] and "--short" in words and code == 0:
-                _status(task, scene, output)
-            elif alone and words[:3] == ["git", "diff", "--name-status"] and code == 0:
-                _status(task, scene, output)
-            elif alone and words[0] == "grep" and code == 1 and (name := re.fullmatch(r"def (\w+)\(", words[-1])):
-                if name[1] in scene.places or name[1] in _named(task):
-                    scene.odd = True  # it was there: something is gone
-        elif _is_pytest(words):
-            _tested(scene, _full(words), code)
-        elif words[0] == "sed":
-            _sed(task, scene, words, code)
-        elif words[0] == "git":
-            _git(scene, words, code)
-        elif code != 127:  # not a word that the shell does not know
-            _unknown(scene)
+    elif _reads(words):
+        if output is None:
+            return
+        if words[0] == "cat" and len(words) == 2 and code == 0:
+            _viewed(scene, _clean(words[1]), output)
+        elif (words[:3] == ["git", "status", "--short"] or words[:3] == ["git", "diff", "--name-status"]) and code == 0:
+            _status(task, scene, output)
+        elif words[0] == "grep" and code == 1 and (name := re.fullmatch(r"def (\w+)\(", words[-1])):
+            if name[1] in _named(task) and "r" in words[1] and len(words) == 3:
+                scene.odd = True  # the issue or a test names it, and it is not there
+    elif _is_pytest(words):
+        _tested(scene, _full(words), code)
+    elif words[0] == "sed":
+        _sed(task, scene, words, code)
+    elif words[0] == "git":
+        _git(scene, words, code)
+    elif code != 127:  # 127: no command at all
+        _unknown(scene)
 
 
-def _pieces(command: str) -> list[list[str]] | None:
-    """The simple commands of a line as lists of words; None where it is more than simple commands in a row."""
+def _pieces(command: str) -> tuple[list[list[str]], bool]:
+    """The simple commands of a line as lists of words, and whether each ran only if all before it went well.
+
+    [[]] where the line is more than simple commands in a row: redirections, substitutions, loops.
+    """
+    command = command.replace(_ROOT, "ROOT")
     lexer = shlex.shlex(command, posix=True, punctuation_chars="();<>|&\n")
     lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t", True, ""
     pieces: list[list[str]] = [[]]
+    sure = True
     try:
         for word in lexer:
-            if word in ("&&", ";", "|", "||", "\n"):
+            if word.strip("\n") in ("&&", ";", "|", "||", ""):
                 pieces.append([])
+                sure = sure and word.strip("\n") == "&&"
             elif set(word) <= set("();<>|&\n"):
-                return None
+                return [[]], False
             else:
                 pieces[-1].append(word)
     except ValueError:  # an open quote: the shell runs nothing
-        return [["false"]]
-    if re.search(r"[`]|\$\(", command) and _ROOT not in command:
-        return None
-    pieces = [p for p in pieces if p]
+        return [["false"]], True
+    if "`" in command or "$" in command and ('"' in command or "$(" in command):
+        return [[]], False
+    pieces = [p for p in pieces if p and not p[0].startswith("#")]
     if pieces and pieces[0][0] == "cd" and len(pieces) > 1:
         if len(pieces[0]) == 2 and pieces[0][1] in ("/testbed", "/testbed/", "."):
             pieces = pieces[1:]
-        elif any(not _reads(p) for p in pieces):
-            return None
-    return pieces or [["true"]]
+        elif not all(_reads(p) for p in pieces):
+            return [[]], False
+        else:
+            return [["true"]], True  # paths would not mean what they say
+    return pieces or [["true"]], sure
 
 
 def _reads(words: list[str]) -> bool:
@@ -165,6 +180,7 @@ def _tested(scene: _Scene, full: bool, code: int) -> None:
         scene.fresh.clear()
         scene.passed, scene.failed, scene.changed = False, True, False
     elif full:
+        scene.fresh -= {path for path, tries in scene.tried.items() if tries}
         scene.passed, scene.failed, scene.changed = True, False, False
 
 
@@ -249,11 +265,13 @@ def _apply(scripts: list[str], text: str | None) -> str | None:
 def _git(scene: _Scene, words: list[str], code: int) -> None:
     """git commands that change something."""
     what = words[1] if len(words) > 1 else ""
-    rest = [w for w in words[2:] if w not in ("--", "-q", "-f", _ROOT)]
+    rest = [w for w in words[2:] if w not in ("--", "-q", "-f", "ROOT")]
     if what == "commit":  # the files stay, HEAD moves
         scene.moved = True
     elif what in ("checkout", "restore") and rest and all("/" in w or w == "." for w in rest):
-        if code == 0:
+        if code != 0:
+            scene.odd, scene.stray = True, []
+        else:
             _altered(scene)
             scene.fresh.clear()
             back = {_clean(w) for w in rest}
@@ -262,9 +280,11 @@ def _git(scene: _Scene, words: list[str], code: int) -> None:
     elif what == "reset" and "--hard" in rest and code == 0:
         _unknown(scene)
         scene.mess, scene.stray = False, []
-        scene.odd = scene.moved and _ROOT not in " ".join(words)
+        scene.odd = scene.moved and "ROOT" not in words
         scene.moved = scene.odd
-    elif what == "stash" and code == 0:
+    elif what == "clean":
+        _altered(scene)
+    elif what == "stash":
         _unknown(scene)
     elif code == 0:
         _unknown(scene)
@@ -300,35 +320,33 @@ def _decide(task: Task, scene: _Scene) -> tuple[str, str]:
     if scene.passed and wrong is not None and not wrong and _whole(task, scene):
         return "The tests pass.", "submit"
 
-    in_sight = [e for e in task.edits if _in_sight(task, scene, e)]
-    if not in_sight:
-        if scene.failed and not scene.looked:
-            return "See what changed.", "git status --short"
+    in_sight = sorted((e for e in task.edits if _in_sight(task, scene, e)), key=lambda e: scene.issue.find(f"{e.function}()"))
+    if not in_sight and not scene.failed:
         return "Run the tests.", "pytest"
     for edit in in_sight:
         if edit.function not in scene.places and edit.path not in scene.views:
             return _find(task, scene, edit)
-    for path in dict.fromkeys(e.path for e in in_sight):
-        if path not in scene.fresh:
-            again = "again" if path in scene.views else ""
-            return f"Read {path} {again}".rstrip() + ".", f"cat {path}"
-        if not _whole(task, scene, path):
-            return "The file is broken. Restore it.", f"git checkout{root} {path}"
+        if edit.path not in scene.fresh:
+            again = " again" if edit.path in scene.views else ""
+            return f"Read {edit.path}{again}.", f"cat {edit.path}"
+        if not _whole(task, scene, edit.path):
+            return "The file is broken. Restore it.", f"git checkout{root} {edit.path}"
     open_ = [e for e in in_sight if not _right(scene.views[e.path], e)]
     tried = sum(scene.tried.values())
     waiting = [e for e in open_ if e.number not in scene.touched.get(e.path, ())]
     if waiting and tried < len(in_sight):
-        return _replace(scene, waiting[0])
+        return _replace(scene, waiting[0], root)
     if scene.changed or not (scene.failed or scene.passed):
         return "Run the tests.", "pytest"
+    if scene.looked:
+        return "Something else is broken. Start again.", f"git reset -q --hard {_ROOT} && git clean -fdqx"
     return "See what changed.", "git status --short"
 
 
 def _in_sight(task: Task, scene: _Scene, edit: Edit) -> bool:
-    """Has the issue, a file or a failing test named the function with this bug?"""
-    return bool(re.search(rf"\b(test_)?{edit.function}\b", scene.shown.split("\n")[0])) \
-        or bool(re.search(rf"FAILED .*::test_{edit.function}\b", scene.shown)) \
-        or bool(task.entry)  # fmt: skip
+    """Has the issue or a failing test named the function with this bug (or the one that calls it)?"""
+    names = {edit.function, task.entry[0]} if task.entry else {edit.function}
+    return any(f"{name}()" in scene.issue or re.search(rf"FAILED .*::test_{name}\b", scene.shown) for name in names)
 
 
 def _find(task: Task, scene: _Scene, edit: Edit) -> tuple[str, str]:
@@ -363,7 +381,7 @@ def _whole(task: Task, scene: _Scene, path: str | None = None) -> bool:
     return True
 
 
-def _replace(scene: _Scene, edit: Edit) -> tuple[str, str]:
+def _replace(scene: _Scene, edit: Edit, root: str) -> tuple[str, str]:
     """The sed for one line, as it stands on the screen."""
     text = scene.views[edit.path]
     line = text.split("\n")[edit.number]
@@ -372,7 +390,7 @@ def _replace(scene: _Scene, edit: Edit) -> tuple[str, str]:
     if not (line.startswith(before) and line.endswith(after) and old and text.count(old) == 1):
         old, new = line.strip(), edit.line.strip()
     if "'" in old or not old or text.count(old) != 1:
-        return "The line is broken. Restore it.", f"git checkout {edit.path}"
+        return "The line is broken. Restore it.", f"git checkout{root} {edit.path}"
     why = f"Make it {new.removeprefix('return ')}."
     return why, f"sed -i 's/{_escape(old)}/{new}/' {edit.path}"
 

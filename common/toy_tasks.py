@@ -34,18 +34,18 @@ FUNCTIONS = 3  # in a module
 SHOWS = "call"  # what a failing test prints: `values`, got and expected; `call`, the call and the answer expected;
 #                 `words`, that and the behaviour in words that are always the same
 
-# The issue around a clause: {f} the function, {w} the clause, {W} the clause with a capital.
+# The issue around a clause: {f} the function, {g} a second one with the clause {v}, {w} the clause, {W} the clause with a capital.
 _WANTED = (
-    "Fix {f}: {w}.", "{f} is wrong. {W}.", "In {f}, {w}. That is not what happens.", "{f} gives bad results. {W}.",
-    "We expect this of {f}: {w}.", "{W} in {f}, or so it should be.", "{f} broke. {W}, says the manual.",
-    "People complain about {f}. {W}, they say.",
+    "Fix {f}(): {w}.", "{f}() is wrong. {W}.", "In {f}(), {w}. That is not what happens.", "{f}() gives bad results. {W}.",
+    "We expect this of {f}(): {w}.", "{W} in {f}(), or so it should be.", "{f}() broke. {W}, says the manual.",
+    "People complain about {f}(). {W}, they say.",
 )  # fmt: skip
 _COMPLAINT = (
-    "Fix {f}: {w}.", "{f} is wrong: {w}.", "Bug in {f}, {w}.", "{f} broke, {w}.", "Look at {f}. {W}.",
-    "In {f}, {w}.", "There is a problem with {f}: {w}.", "People say of {f} that {w}.",
+    "Fix {f}(): {w}.", "{f}() is wrong: {w}.", "Bug in {f}(), {w}.", "{f}() broke, {w}.", "Look at {f}(). {W}.",
+    "In {f}(), {w}.", "There is a problem with {f}(): {w}.", "People say of {f}() that {w}.",
 )  # fmt: skip
 _TRACED = ("A test fails. {W}.", "The tests are red: {w}.", "See the failing test. {W}.", "One test is broken: {w}.")
-_DOUBLE = ("Fix {f} and {g}. In {f}, {w}. In {g}, {v}.", "{f} and {g} are wrong. For {f}, {w}. For {g}, {v}.")
+_DOUBLE = ("Fix {f}() and {g}(). In {f}(), {w}. In {g}(), {v}.", "{f}() and {g}() are wrong. For {f}(), {w}. For {g}(), {v}.")
 
 _INI = f"""[pytest]
 addopts = -qq --tb=no {"" if SHOWS == "values" else "--assert=plain "}-p no:cacheprovider
