@@ -111,8 +111,8 @@ def off_by_one(rng, names):
     options = [f":{n}", f":{n} + 1", f":{n} - 1"]
     clear = {
         0: [f"as many {xs} as {n} says", f"exactly {n} of the {xs} come back", f"no more and no fewer than {n} {xs}"],
-        1: [f"one more of the {xs} than {n} says", f"{n} and then one of the {xs} come back", f"{n} plus one {xs}"],
-        2: [f"one fewer of the {xs} than {n} says", f"{n} but one of the {xs} come back", f"{n} minus one {xs}"],
+        1: [f"one more of the {xs} than {n} says", f"{n} and then one of the {xs} come back", f"{n} plus one of the {xs} come back"],
+        2: [f"one fewer of the {xs} than {n} says", f"{n} but one of the {xs} come back", f"{n} minus one of the {xs} come back"],
     }
     right, bug = _pick(rng, options)
     more = {0: 0, 1: 1, 2: -1}
@@ -142,7 +142,7 @@ def swapped(rng, names):
     a, b = names.params(2)
     call = rng.choice(["pow", "divmod", "range"])
     options = [f"{call}({a}, {b})", f"{call}({b}, {a})"]
-    clear = {i: [f"{p} comes first and {q} second", f"!{p} and {q} are mixed up", f"{q} takes the place of {p}",
+    clear = {i: [f"{p} comes first and {q} second", f"!{p} and {q} are mixed up", f"{p} goes before {q}",
                  f"!{p} and {q} stand the wrong way round"] for i, (p, q) in enumerate([(a, b), (b, a)])}  # fmt: skip
     if call == "range":
         options = [f"list({o})" for o in options]
@@ -155,8 +155,10 @@ def swapped(rng, names):
 def missing_case(rng, names):
     """Nobody thought of an empty list."""
     (xs,) = names.lists(1)
-    best = rng.choice(["max", "min"])
+    best, other = rng.sample(["max", "min"], 2)
+    right = rng.choice([1, 1, 2, 3])
     options = [f"{best}({xs})", f"{best}({xs}, default=0)", f"{best}({xs}, default=None)", f"{best}({xs}, default=-1)"]
+    options.append(options[right].replace(best, other))  # never right: makes the test look at a list with members too
     clear = {
         1: [f"no {xs} at all make zero", f"without any {xs} it is zero", "an empty list counts as zero"],
         2: [f"no {xs} at all make None", f"without any {xs} it is None", "an empty list gives None"],
@@ -166,7 +168,7 @@ def missing_case(rng, names):
              ({1, 2, 3}, f"!it fails when there are no {xs}")]  # fmt: skip
     return _body(names.function(), [xs], options, "    return {site}",
                  lambda rng: ([] if rng.random() < 0.5 else rng.sample(range(1, 10), 2),), clear, rng, vague,
-                 0, rng.choice([1, 1, 2, 3]), guess=1)  # fmt: skip
+                 0, right, guess=1)  # fmt: skip
 
 
 def wrong_default(rng, names):
@@ -249,8 +251,8 @@ def logic(rng, names):
     a, b = names.params(2)
     options = [f"{a} and {b}", f"{a} or {b}", f"{a} and not {b}"]
     clear = {
-        0: [f"both {a} and {b} are needed", f"{a} is not enough without {b}", f"{a} together with {b}"],
-        1: [f"one of {a} and {b} is enough", f"{a} will do, and so will {b}", f"either {a} or {b}"],
+        0: [f"it takes the {a} as well as the {b}", f"{a} is not enough without {b}", f"{a} together with {b}"],
+        1: [f"one of {a} and {b} is enough", f"{a} will do, and so will {b}", f"any of {a} and {b} will do"],
         2: [f"{a} is needed and no {b}", f"{a} counts without {b}", f"{a} but not {b}"],
     }
     vague = [({0, 2}, f"{b} alone is not enough"), ({0, 2}, f"{a} has to be there in any case")]

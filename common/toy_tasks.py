@@ -34,7 +34,7 @@ FUNCTIONS = 3  # in a module
 SHOWS = "call"  # what a failing test prints: `values`, got and expected; `call`, the call and the answer expected;
 #                 `words`, that and the behaviour in words that are always the same
 
-# The issue around a clause: {f} the function, {g} a second one with the clause {v}, {w} the clause, {W} the clause with a capital.
+# The issue around a clause: {f} the function, {p} the package, {g} a second one with the clause {v}, {w} the clause, {W} the clause with a capital.
 _WANTED = (
     "Fix {f}(): {w}.", "{f}() is wrong. {W}.", "In {f}(), {w}. That is not what happens.", "{f}() gives bad results. {W}.",
     "We expect this of {f}(): {w}.", "{W} in {f}(), or so it should be.", "{f}() broke. {W}, says the manual.",
@@ -44,7 +44,8 @@ _COMPLAINT = (
     "Fix {f}(): {w}.", "{f}() is wrong: {w}.", "Bug in {f}(), {w}.", "{f}() broke, {w}.", "Look at {f}(). {W}.",
     "In {f}(), {w}.", "There is a problem with {f}(): {w}.", "People say of {f}() that {w}.",
 )  # fmt: skip
-_TRACED = ("A test fails. {W}.", "The tests are red: {w}.", "See the failing test. {W}.", "One test is broken: {w}.")
+_TRACED = ("A test in {p} fails. {W}.", "The tests of {p} are red: {w}.", "See the failing test in {p}. {W}.",
+           "One test is broken in {p}: {w}.")  # fmt: skip
 _DOUBLE = ("Fix {f}() and {g}(). In {f}(), {w}. In {g}(), {v}.", "{f}() and {g}() are wrong. For {f}(), {w}. For {g}(), {v}.")
 
 _INI = f"""[pytest]
@@ -254,11 +255,9 @@ def _make(rng: random.Random, split: str, index: int, family, kind: str) -> Task
         name = fresh().function()
         entry = (name, f"{package}/{places[1]}.py")
         contents[places[1]] = spare[:1]
-        given = ", ".join(inner.params)
-        calls = f"{inner.name}({given})"
-        head = f"def {name}({inner.line.split('(')[1].split(')')[0].replace('{site}', inner.options[inner.right])})" \
-            if inner.line.startswith("def ") else f"def {name}({given})"  # fmt: skip
-        extra[places[1]] = (f"from {package}.{places[0]} import {inner.name}\n\n", f"{head}:\n    return {calls}\n")
+        given = ", ".join(inner.params[: 1 if inner.line.startswith("def ") else None])  # leaves a default to the other
+        imports = f"from {package}.{places[0]} import {inner.name}\n\n"
+        extra[places[1]] = (imports, f"def {name}({given}):\n    return {inner.name}({given})\n")
 
     def text(module: str, fixed: bool) -> str:
         parts = [f.code(f.bug if f in broken and not fixed else f.right) for f in contents[module]]
@@ -322,7 +321,7 @@ def _make(rng: random.Random, split: str, index: int, family, kind: str) -> Task
         "instance_id": f"toy-{split}-{index + 1:04d}",
         "repo": f"toy/{package}",
         "base_commit": hashlib.sha1(json.dumps(files, sort_keys=True).encode()).hexdigest(),
-        "problem_statement": _issue(rng, kind, broken, entry),
+        "problem_statement": _issue(rng, kind, package, broken, entry),
         "hints_text": "",
         "patch": _diff(files, fixed),
         "test_patch": _diff(files, {p: visible[p] + hidden[p] for p in sorted(visible) if hidden[p]}),
@@ -339,13 +338,13 @@ def _make(rng: random.Random, split: str, index: int, family, kind: str) -> Task
     return Task(row, kind, tuple(edits), fixed, entry)
 
 
-def _issue(rng: random.Random, kind: str, broken: list[Function], entry) -> str:
+def _issue(rng: random.Random, kind: str, package: str, broken: list[Function], entry) -> str:
     def clause(function):
         return rng.choice(function.wants(rng.random() < VAGUE, kind == "traced")[:WORDINGS])
 
     w = clause(broken[0])
     name = entry[0] if entry else broken[0].name
-    values = {"f": name, "w": w.lstrip("!"), "W": w.lstrip("!")[0].upper() + w.lstrip("!")[1:]}
+    values = {"f": name, "p": package, "w": w.lstrip("!"), "W": w.lstrip("!")[0].upper() + w.lstrip("!")[1:]}
     if kind == "double" and rng.random() < DOUBLE_TOLD:
         return rng.choice(_DOUBLE).format(g=broken[1].name, v=clause(broken[1]).lstrip("!"), **values)
     frames = _TRACED if kind == "traced" else _COMPLAINT if w.startswith("!") else _WANTED
