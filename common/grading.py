@@ -1,8 +1,8 @@
 """Grades a patch of a task that has `local`, in a fresh sandbox.
 
 The rule is SWE-bench's: from a clean checkout with the patch, the test patch applied, every FAIL_TO_PASS and PASS_TO_PASS
-test must pass (an expected failure, XFAIL, counts as swebench counts it); a test that is missing has failed. What a
-patch does to its own examination is undone first:
+test must pass (an expected failure, XFAIL, counts, as in swebench; a skipped test does not, where swebench lets a skipped
+PASS_TO_PASS test count); a test that is missing has failed. What a patch does to its own examination is undone first:
 
 * every file that the test patch touches or that holds a listed test is what base_commit, gold patch and test patch make it;
 * so are the files that steer the tests: conftest.py, pytest.ini, pytest's part of tox.ini, setup.cfg and pyproject.toml,
@@ -14,7 +14,7 @@ log_parser is different: its outcomes are read from what the tests print, and a 
 that attacks the test process's own memory is out of scope. Helper modules of the tests that hold no listed test are the
 patch's own, as with SWE-bench.
 
-All this is done on file lists in git's object store (common/repository.py); no code of the patch runs before the tests.
+All this is done on file lists in git's object store (common/checkout.py); no code of the patch runs before the tests.
 """
 
 import hmac
@@ -27,8 +27,9 @@ import shutil
 import tomllib
 from pathlib import Path
 
+from common.checkout import Checkout, PatchError
 from common.errors import InputError
-from common.repository import Checkout, Files, PatchError
+from common.repository import Files
 from common.sandbox import LocalSandbox
 
 DEFAULT_TEST_COMMAND = "python -m pytest -q"
@@ -305,4 +306,7 @@ def _run_printing(sandbox: LocalSandbox, parser: str, command: str, names: list[
     log.append(f"$ {command} {arguments}")
     result = sandbox.execute(f"{command} {arguments}", timeout=timeout, output_limit=20_000_000)
     log += _printed(result, timeout)
-    return dict(PARSER_REGISTRY[parser](result.output, None))
+    outcomes = dict(PARSER_REGISTRY[parser](result.output, None))
+    if result.exit_code and not {"FAILED", "ERROR"} & set(outcomes.values()):
+        return {}  # as swebench: what was printed is not what happened
+    return outcomes

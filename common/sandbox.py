@@ -15,7 +15,7 @@ Limits (arguments of LocalSandbox), and who enforces them:
   every 50 ms and kills them all. What belongs to no process (memfd and the like) cannot be had: common/seccomp.py.
 * processes and threads: RLIMIT_NPROC, which counts for the sandbox alone, because as root every sandbox has a user id
   of its own, and as another user it has a user namespace of its own (before Linux 5.14: the watching thread alone).
-* size of a file: RLIMIT_FSIZE. All that is written to /testbed and /tmp: the watching thread, from the free space of the
+* size of a file: RLIMIT_FSIZE, half of `disk`. All that is written to /testbed and /tmp: the watching thread, from the free space of the
   disk and then by adding up (a burst of some 100 ms is seen too late, a longer one is not).
 * output: what is kept is bounded; a command that prints more than 64 MB is killed.
 
@@ -24,7 +24,6 @@ Linux only. Works as root and as any user, but not where user namespaces are off
 """
 
 import atexit
-import codecs
 import contextlib
 import dataclasses
 import fcntl
@@ -36,7 +35,6 @@ import platform
 import resource
 import select
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -44,13 +42,13 @@ import threading
 import time
 from pathlib import Path
 
-from common import repository, seccomp
+from common import checkout, repository, seccomp
 from common.errors import InfraError, InputError
+from common.limits import MEGABYTE, DiskMeter, Job, Output, watcher
 
-MEGABYTE = 1 << 20
 MAX_PRINTED = 64 * MEGABYTE
-TICK = 0.05  # seconds between two looks at a command's processes
 PREFIX = "swe-dagger-sandboxes-"
+_numbers = itertools.count(1)
 USER, FIRST_UID, UIDS = 1000, 20000, 40000  # inside, as a user; as root: a uid of these for each sandbox
 ETC = ("alternatives", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "mime.types", "os-release", "protocols", "services",
        "ssl/certs", "ssl/openssl.cnf", "ca-certificates", "pki")
@@ -84,7 +82,7 @@ class LocalSandbox:
         self.command_timeout, self.memory, self.processes, self.disk = command_timeout, memory, processes, disk
         self.output_limit = output_limit
         self.folder: Path | None = None
-        self.checkout: repository.Checkout
+        self.checkout: checkout.Checkout
 
     def __enter__(self) -> "LocalSandbox":
         self.start()
@@ -95,7 +93,7 @@ class LocalSandbox:
 
     def start(self) -> None:
         """Copy the repository and run the set-up commands. Raises InputError (bad row, no bubblewrap) or InfraError."""
-        check_bubblewrap()
+        self.bubblewrap = bubblewrap()
         prefixes, bin_directory = interpreter(self.local.get("python") or sys.executable)
         try:
             number = next(_numbers)
@@ -104,7 +102,7 @@ class LocalSandbox:
             self.uid = FIRST_UID + (os.getpid() * 64 + number) % UIDS if os.geteuid() == 0 else None
             template = repository.prepare(self.row, home())
             try:
-                self.checkout = repository.Checkout(template, self.folder, self.uid)
+                self.checkout = checkout.Checkout(template, self.folder, self.uid)
             except BaseException:
                 repository.release(template)
                 raise
@@ -113,8 +111,8 @@ class LocalSandbox:
                 "TERM": "dumb", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0",
             } | {str(k): str(v) for k, v in (self.local.get("env") or {}).items()}
             self.arguments = self._arguments(prefixes)
-            tree = sum(status.st_size + 4096 for _, status in repository.walk(self.checkout.tree))
-            self.meter = _DiskMeter([self.checkout.tree, self.folder / "tmp"], self.disk + 2 * tree)
+            tree = sum(status.st_size + 4096 for _, status in checkout.walk(self.checkout.tree))
+            self.meter = DiskMeter([self.checkout.tree, self.folder / "tmp"], self.disk + 2 * tree)
             for command in self.local.get("setup") or []:
                 result = self.run(command, timeout=3600.0)
                 if result.exit_code:
@@ -154,7 +152,7 @@ class LocalSandbox:
         if b"\0" in command_bytes or len(command_bytes) > 120_000:  # what execve would refuse
             why = "a NUL character in the command" if b"\0" in command_bytes else "Argument list too long"
             return CommandResult(126, f"bash: {why}\n", 0.0, False, False)
-        output = _Output(self.output_limit if output_limit is None else output_limit)
+        output = Output(self.output_limit if output_limit is None else output_limit)
         with contextlib.ExitStack() as stack:
             job = self._spawn(command_bytes, mounts, environment or self.environment, stack)
             self._follow(job, output, started + timeout)
@@ -212,7 +210,7 @@ class LocalSandbox:
         arguments += ["--bind", str(self.checkout.tree), "/testbed", "--chdir", "/testbed"]
         return arguments
 
-    def _spawn(self, command: bytes, mounts: tuple[str, ...], environment: dict, stack: contextlib.ExitStack) -> "_Job":
+    def _spawn(self, command: bytes, mounts: tuple[str, ...], environment: dict, stack: contextlib.ExitStack) -> "Job":
         arguments = [*self.arguments, *mounts, "--remount-ro", "/"]
         # Through a file, because /proc/1/cmdline inside shows what is on the command line.
         with tempfile.TemporaryFile(dir=self.folder) as file:
@@ -220,7 +218,7 @@ class LocalSandbox:
             file.flush()
             file.seek(0)
             handles = [file.fileno()]
-            argv = ["bwrap", "--args", str(file.fileno())]
+            argv = [self.bubblewrap, "--args", str(file.fileno())]
             if (filter_file := home() / "seccomp").exists():
                 handles.append(stack.enter_context(open(filter_file, "rb")).fileno())
                 argv += ["--seccomp", str(handles[-1])]
@@ -238,11 +236,11 @@ class LocalSandbox:
                 os.close(output_end), os.close(status_end)
         stack.callback(os.close, output)
         stack.callback(os.close, status)
-        return _Job(process, output, status, self.memory, self.processes, self.meter)
+        return Job(process, output, status, self.memory, self.processes, self.meter)
 
     def _limits(self) -> list[str]:
         """The commands before bash that set its limits, and as root its user."""
-        limits = {"core": 0, "fsize": self.disk, "data": self.memory, "nofile": 4096}
+        limits = {"core": 0, "fsize": self.disk // 2, "data": self.memory, "nofile": 4096}
         if self.uid is not None or _kernel() >= (5, 14):
             limits["nproc"] = self.processes
         argv = ["prlimit"]
@@ -254,14 +252,14 @@ class LocalSandbox:
             argv += ["setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups", "--inh-caps=-all"]
         return argv
 
-    def _follow(self, job: "_Job", output: "_Output", deadline: float) -> None:
+    def _follow(self, job: "Job", output: "Output", deadline: float) -> None:
         """Read until the sandbox is gone; kill it at the deadline."""
         poll = select.poll()
         poll.register(job.output, select.POLLIN)
         poll.register(job.status, select.POLLIN)
         opened, status = {job.output, job.status}, b""
         try:
-            _watcher.add(job)
+            watcher.add(job)
             while opened:
                 left = deadline - time.monotonic()
                 if left <= 0:
@@ -286,181 +284,14 @@ class LocalSandbox:
             job.process.wait()
             raise
         finally:
-            _watcher.remove(job)
+            watcher.remove(job)
         for line in status.decode(errors="replace").splitlines():
             job.exit_code = json.loads(line).get("exit-code", job.exit_code)
-
-
-class _Output:
-    """Decodes what a command prints; keeps its head and tail in bounded memory."""
-
-    def __init__(self, limit: int):
-        self.limit, self.head, self.tail, self.cut, self.bytes = limit, "", "", 0, 0
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def add(self, data: bytes, final: bool = False) -> int:
-        """Returns the number of bytes so far."""
-        self.bytes += len(data)
-        text = self.decoder.decode(data, final)
-        room = self.limit - len(self.head)
-        if room > 0:
-            self.head, text = self.head + text[:room], text[room:]
-        self.tail += text
-        if len(self.tail) > self.limit:
-            self.cut += len(self.tail) - self.limit
-            self.tail = self.tail[-self.limit:]
-        return self.bytes
-
-    def text(self) -> str:
-        self.add(b"", True)
-        if not self.cut and not self.tail:
-            return self.head
-        half = self.limit // 2
-        self.cut += len(self.head) + len(self.tail) - 2 * half
-        tail = (self.head + self.tail)[-half:] if half else ""
-        return f"{self.head[:half]}\n[... {self.cut} characters cut ...]\n{tail}"
-
-
-class _Job:
-    """One running command."""
-
-    def __init__(self, process, output: int, status: int, memory: int, processes: int, meter: "_DiskMeter"):
-        self.process, self.output, self.status = process, output, status
-        self.memory, self.processes, self.meter = memory, processes, meter
-        self.killed: str | None = None
-        self.exit_code: int | None = None
-        self.lock = threading.Lock()
-
-    def kill(self, reason: str) -> None:
-        """Kill all processes. Killing the namespace's init does it; bwrap itself ends when they are gone."""
-        with self.lock:
-            if self.killed is None:
-                self.killed = reason
-            inside = _children(self.process.pid)
-            for pid in inside or [self.process.pid]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-
-    def check(self) -> None:
-        """Kill the command if it is over a limit."""
-        pids = _descendants(self.process.pid)
-        resident = tasks = 0
-        for pid in pids:
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                with open(f"/proc/{pid}/stat", "rb") as file:
-                    fields = file.read().rpartition(b")")[2].split()
-                tasks += int(fields[17])
-                resident += int(fields[21]) * resource.getpagesize()
-        if resident > self.memory and sum(map(_proportional, pids)) > self.memory:
-            self.kill(f"more than {self.memory // MEGABYTE} MB of memory")
-        elif tasks >= self.processes:
-            self.kill(f"more than {self.processes} processes and threads")
-        elif self.meter.over():
-            self.kill(self.meter.reason)
-
-
-class _DiskMeter:
-    """Whether a sandbox has written more than it may. Adds up only after the disk's free space has shrunk."""
-
-    def __init__(self, folders: list[Path], limit: int):
-        self.folders, self.limit = folders, limit
-        self.reason = "too much written to /testbed and /tmp"
-        self.free = self._free()
-        self.used = 0
-
-    def _free(self) -> tuple[int, int]:
-        status = os.statvfs(self.folders[0])
-        return status.f_bfree * status.f_frsize, status.f_ffree
-
-    def over(self) -> bool:
-        free = self._free()
-        if self.free[0] - free[0] < self.limit // 16 and self.free[1] - free[1] < 10_000:
-            return False
-        self.free, before = free, self.used
-        self.used = sum(_usage(folder) for folder in self.folders)
-        return self.used > self.limit and self.used > before  # what makes room again may run
-
-
-class _Watcher:
-    """The thread that looks at all running commands. It exists while there are any."""
-
-    def __init__(self):
-        self.jobs: set[_Job] = set()
-        self.lock = threading.Lock()
-        self.thread: threading.Thread | None = None
-
-    def add(self, job: _Job) -> None:
-        with self.lock:
-            self.jobs.add(job)
-            if self.thread is None or not self.thread.is_alive():
-                self.thread = threading.Thread(target=self._loop, daemon=True, name="sandbox watcher")
-                self.thread.start()
-
-    def remove(self, job: _Job) -> None:
-        with self.lock:
-            self.jobs.discard(job)
-
-    def _loop(self) -> None:
-        idle = 0
-        while True:
-            time.sleep(TICK)
-            with self.lock:
-                jobs = list(self.jobs)
-                idle = 0 if jobs else idle + 1
-                if idle > 100:
-                    self.thread = None
-                    return
-            for job in jobs:
-                try:
-                    job.check()
-                except OSError:  # it has just ended
-                    pass
-
-
-_watcher = _Watcher()
-_numbers = itertools.count(1)
 
 
 def _parents(paths: list[str]) -> list[str]:
     """All directories above these, but the root; the shortest first."""
     return sorted({str(parent) for path in paths for parent in Path(path).parents} - {"/"})
-
-
-def _children(pid: int) -> list[int]:
-    found = []
-    with contextlib.suppress(OSError):
-        for task in os.listdir(f"/proc/{pid}/task"):
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{task}/children", "rb") as file:
-                found += map(int, file.read().split())
-    return found
-
-
-def _descendants(pid: int) -> list[int]:
-    found, queue = [], [pid]
-    while queue:
-        children = _children(queue.pop())
-        found += children
-        queue += children
-    return found
-
-
-def _proportional(pid: int) -> int:
-    """Bytes of anonymous and shared memory of a process, what it shares counted in proportion."""
-    with contextlib.suppress(OSError):
-        with open(f"/proc/{pid}/smaps_rollup") as file:
-            sizes = dict(line.split(":", 1) for line in file if line.startswith("Pss"))
-        return sum(int(sizes[key].split()[0]) for key in ("Pss_Anon", "Pss_Shmem")) * 1024
-    return 0
-
-
-def _usage(folder: Path) -> int:
-    total = 0
-    for directory, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += max(4096, os.lstat(os.path.join(directory, name)).st_blocks * 512)
-        total += 4096
-    return total
 
 
 def _kernel() -> tuple[int, ...]:
@@ -502,19 +333,21 @@ def interpreter(python: str) -> tuple[list[str], str]:
 
 
 @functools.cache
-def check_bubblewrap() -> None:
-    """Raises InputError if bubblewrap is missing or does not work here."""
+def bubblewrap() -> str:
+    """Where bubblewrap is. Raises InputError if it is missing or does not work here."""
     how = ("the local sandbox needs bubblewrap: `apt-get install bubblewrap` (or dnf, pacman) and user namespaces; "
            "or use tasks with a Docker image")
-    if shutil.which("bwrap") is None:
+    path = shutil.which("bwrap")
+    if path is None:
         raise InputError(how)
-    argv = ["bwrap", "--unshare-pid", "--unshare-net", "--die-with-parent", "--ro-bind", "/", "/", "--proc", "/proc",
+    argv = [path, "--unshare-pid", "--unshare-net", "--die-with-parent", "--ro-bind", "/", "/", "--proc", "/proc",
             "--dev", "/dev", "prlimit", "--core=0", "true"]
     if os.geteuid():
         argv[1:1] = ["--unshare-user"]
     done = subprocess.run(argv, capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"{how}. bwrap says: {' '.join(done.stderr.split())[-300:]}")
+    return path
 
 
 _home: tuple[int, Path, object] | None = None
@@ -552,6 +385,8 @@ def prune() -> list[Path]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 remove(folder)
                 gone.append(folder)
+        except FileNotFoundError:  # half removed
+            remove(folder)
         except OSError:  # alive, or another user's
             continue
     return gone
@@ -559,7 +394,8 @@ def prune() -> list[Path]:
 
 def remove(folder: Path) -> None:
     """Remove a directory, whatever modes and depths a command has left in it."""
-    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(RecursionError):
+        shutil.rmtree(folder, ignore_errors=True)
     if folder.exists():
         subprocess.run(["chmod", "-R", "u+rwx", "--", str(folder)], capture_output=True)
         subprocess.run(["rm", "-rf", "--", str(folder)], capture_output=True)
