@@ -97,7 +97,7 @@ def work(args: Args) -> None:
     rows = tasks.sample(rows, args.sample, args.iteration, args.seed)
     by_id = {row["instance_id"]: row for row in rows}
     for row in rows:
-        sandbox.check(row, args.sandbox)
+        sandbox.open_sandbox(row, args.sandbox)  # refuses a task that has none
     policy = {
         who: policies.open_policy(getattr(args, who), role=who, batch=args.workers, key_env=args.teacher_key_env,
                                   temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
@@ -147,6 +147,7 @@ def work(args: Args) -> None:
             "schema": schema.VERSION,
             "trajectory_id": f"{instance_id}.i{args.iteration}.a{attempt}",
             "instance_id": instance_id,
+            "base_commit": row["base_commit"],
             "iteration": args.iteration,
             "attempt": attempt,
             "seed": args.seed,

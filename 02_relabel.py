@@ -113,14 +113,14 @@ def work(args: Args) -> None:
                 "seconds": executed["seconds"],
                 "agrees": None,
             }
+        task = {name: trajectory[name] for name in ("instance_id", "base_commit")}
         chat = [{"role": m["role"], "content": m["content"]} for m in state]
         tokens, seconds, text = {"in": 0, "cached": 0, "out": 0}, 0.0, ""
         for attempt in range(TRIES):
             place = (args.seed, trajectory["trajectory_id"], turn, "teacher", "label", attempt)
             try:
-                answer = teacher.act({"instance_id": trajectory["instance_id"]}, chat, turn=turn,
-                                     seed=mixing.derive("sample", *place), episode=trajectory["trajectory_id"],
-                                     attempt=trajectory["attempt"])  # fmt: skip
+                answer = teacher.act(task, chat, turn=turn, seed=mixing.derive("sample", *place),
+                                     episode=trajectory["trajectory_id"], attempt=trajectory["attempt"])  # fmt: skip
             except policies.ContextLimit:
                 reason = "the state exceeds the teacher's context"
                 break

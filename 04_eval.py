@@ -73,7 +73,7 @@ def work(args: Args) -> None:
         raise InputError("give exactly one of --student, --predictions and --trajectories")
     rows = {row["instance_id"]: row for row in tasks.load(args.tasks, args.limit)}
     for row in rows.values():
-        sandbox.check(row, args.sandbox)
+        sandbox.open_sandbox(row, args.sandbox)  # refuses a task that has none
     student = given = None
     if args.student:
         student = policies.open_policy(
@@ -150,6 +150,7 @@ def roll_out(args: Args, stage, rollouts, student, rows: dict[str, dict]) -> Non
             "schema": schema.VERSION,
             "trajectory_id": f"{instance_id}.i{args.iteration}.a0",
             "instance_id": instance_id,
+            "base_commit": row["base_commit"],
             "iteration": args.iteration,
             "attempt": 0,
             "seed": args.seed,

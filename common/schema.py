@@ -30,6 +30,7 @@ TRAJECTORY = {
     "schema": (_INT, True),
     "trajectory_id": (_TEXT, True),
     "instance_id": (_TEXT, True),
+    "base_commit": (_TEXT, True),
     "iteration": (_INT, True),
     "attempt": (_INT, True),
     "seed": (_INT, True),

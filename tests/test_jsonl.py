@@ -115,7 +115,7 @@ def test_turn_numbers_of_a_trajectory_are_checked(tmp_path):
     turn = {"role": "assistant", "content": "x", "turn": 1, "actor": "student", "command": None, "finish_reason": "stop",
             "tokens": {}, "seconds": 0, "logprob": None}  # fmt: skip
     record = {
-        "schema": schema.VERSION, "trajectory_id": "t", "instance_id": "x", "iteration": 1, "attempt": 0, "seed": 0,
+        "schema": schema.VERSION, "trajectory_id": "t", "instance_id": "x", "base_commit": "c", "iteration": 1, "attempt": 0, "seed": 0,
         "mix": "turn", "beta": 0.5, "student": None, "teacher": None, "prompt": "toy-1", "limits": {},
         "messages": [{"role": "user", "content": "fix"}, turn], "exit_status": "submitted", "patch": "", "started": 0,
         "finished": 1,

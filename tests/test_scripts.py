@@ -1,0 +1,252 @@
+"""The scripts as their user runs them: real processes, real bash in the sandbox, the oracle and a scripted student."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from common import actions, jsonl, mixing, oracle, tasks
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMES = ("started", "finished", "seconds")
+
+
+def script(name, *args, ok=True, **options):
+    done = subprocess.run([sys.executable, ROOT / name, *map(str, args)], capture_output=True, text=True, **options)
+    if ok:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+def summary(done):
+    line = done.stdout.strip().splitlines()[-1]
+    assert line.startswith("summary ")
+    return dict(word.split("=", 1) for word in line.split()[1:])
+
+
+def say(command, thought="Hm."):
+    return f"{thought}\n```bash\n{command}\n```"
+
+
+JUNK = [
+    say("ls"), "I do not know.", say("cat nothing.py"), say("git status --short"), say("sed -i 's/a/b/' none.py"),
+    "```bash\nls\n```\n```bash\nls\n```", say("python -c 'print(1)'"), say("echo hi"), say("pwd"), say("ls -a"),
+    say("date +%Y"), say("true"), say("false"), say("cat setup.py"), say("wc -l *.ini"), say("head -2 *.ini"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """A student that says something else at every turn, never anything useful."""
+    path = tmp_path_factory.mktemp("student") / "junk.jsonl"
+    lines = [{"instance_id": row["instance_id"], "turns": JUNK} for row in tasks.load("toy:train:12")]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return f"replay:{path}"
+
+
+def collect(out, student, *more, **options):
+    return script("01_collect.py", "--tasks", "toy:train:6", "--teacher", "oracle", "--student", student, "--beta", 0.6,
+                  "--out", out, *more, **options)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def iteration(tmp_path_factory, student):
+    """A collected and relabelled iteration directory."""
+    home = tmp_path_factory.mktemp("run") / "iter_001"
+    collected = collect(home / "trajectories.jsonl", student)
+    relabelled = script("02_relabel.py", "--trajectories", home / "trajectories.jsonl", "--teacher", "oracle",
+                        "--out", home / "labels.jsonl")  # fmt: skip
+    return home, summary(collected), summary(relabelled)
+
+
+def timeless(path):
+    """Records without what depends on the clock."""
+
+    def strip(value):
+        if isinstance(value, dict):
+            return {k: strip(v) for k, v in value.items() if k not in TIMES}
+        return [strip(v) for v in value] if isinstance(value, list) else value
+
+    text = path.read_text()
+    return [strip(json.loads(line)) for line in text.splitlines()]
+
+
+def test_who_acted_is_who_the_coins_named(iteration):
+    home, counted, _ = iteration
+    turns = [
+        (record, m) for record in jsonl.read(home / "trajectories.jsonl") for m in record["messages"] if "actor" in m
+    ]
+    for record, message in turns:
+        assert message["actor"] == mixing.actor(0.6, 0, 1, record["instance_id"], 0, message["turn"])
+    share = sum(message["actor"] == "teacher" for _, message in turns) / len(turns)
+    assert float(counted["teacher_turn_share"]) == pytest.approx(share)
+    assert 0 < share < 1
+    assert int(counted["turns"]) == len(turns)
+
+
+def test_every_visited_state_has_exactly_one_label_and_it_is_the_teachers(iteration):
+    """The heart of DAgger. The label of turn t is what the teacher does at the state before turn t: it is computed anew
+    here, so a label of the state before or after (an off-by-one) fails."""
+    home, _, counted = iteration
+    rows = {row["instance_id"]: row for row in tasks.load("toy:train:6")}
+    labels = {(r["trajectory_id"], r["turn"]): r for r in jsonl.read(home / "labels.jsonl", "label")}
+    states = differing = 0
+    for record in jsonl.read(home / "trajectories.jsonl", "trajectory"):
+        for place, message in enumerate(record["messages"]):
+            if message["role"] != "assistant":
+                continue
+            states += 1
+            label = labels[record["trajectory_id"], message["turn"]]
+            expert = oracle.act(rows[record["instance_id"]], record["messages"][:place])
+            assert label["label"] == expert and label["valid"]
+            if message["actor"] == "teacher":
+                assert label["source"] == "executed" and label["label"] == message["content"]
+                assert label["agrees"] is None
+            else:
+                assert label["source"] == "queried"
+                assert label["agrees"] == (actions.parse(expert) == message["command"])
+                differing += label["label"] != message["content"]
+    assert len(labels) == states == int(counted["states"])
+    assert differing > 0  # the student did say other things, so a label from it would have been seen
+    assert int(counted["executed"]) + int(counted["queried"]) == states
+
+
+@pytest.mark.parametrize("workers", [1, 5])
+def test_workers_do_not_change_the_files(iteration, student, tmp_path, workers):
+    home, _, _ = iteration
+    collect(tmp_path / "trajectories.jsonl", student, "--workers", workers)
+    assert timeless(tmp_path / "trajectories.jsonl") == timeless(home / "trajectories.jsonl")
+    script("02_relabel.py", "--trajectories", tmp_path / "trajectories.jsonl", "--teacher", "oracle", "--out",
+           tmp_path / "labels.jsonl", "--workers", workers)  # fmt: skip
+    assert timeless(tmp_path / "labels.jsonl") == timeless(home / "labels.jsonl")
+
+
+def test_a_killed_run_goes_on_to_the_same_file(iteration, student, tmp_path):
+    home, _, _ = iteration
+    out = tmp_path / "trajectories.jsonl"
+    command = [sys.executable, ROOT / "01_collect.py", "--tasks", "toy:train:6", "--teacher", "oracle", "--student",
+               student, "--beta", "0.6", "--out", out, "--workers", "1"]  # fmt: skip
+    running = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    part = tmp_path / "trajectories.jsonl.part"
+    deadline = time.monotonic() + 60
+    while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    assert not out.exists() and 1 <= len(part.read_text().splitlines()) < 6
+    subprocess.run(command, check=True, capture_output=True)
+    assert timeless(out) == timeless(home / "trajectories.jsonl")
+
+
+def test_a_finished_file_is_left_alone_and_other_settings_are_refused(iteration, student):
+    home, counted, _ = iteration
+    before = (home / "trajectories.jsonl").stat().st_mtime_ns
+    again = collect(home / "trajectories.jsonl", student)
+    assert "nothing to do" in again.stderr and summary(again) == counted
+    other = collect(home / "trajectories.jsonl", student, "--seed", 1, ok=False)
+    assert other.returncode == 2 and "seed = 0, now it is 1" in other.stderr
+    assert (home / "trajectories.jsonl").stat().st_mtime_ns == before
+
+
+def test_bad_teacher_answers_are_asked_again_then_kept_as_invalid(iteration, tmp_path):
+    """A teacher without a command in its answers labels nothing; the states still have their lines."""
+    home, _, _ = iteration
+    bad = tmp_path / "bad.jsonl"
+    lines = [{"instance_id": row["instance_id"], "turns": ["no command"] * 20} for row in tasks.load("toy:train:6")]
+    bad.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = script("02_relabel.py", "--trajectories", home / "trajectories.jsonl", "--teacher", f"replay:{bad}",
+                  "--out", tmp_path / "labels.jsonl")  # fmt: skip
+    labels = list(jsonl.read(tmp_path / "labels.jsonl", "label"))
+    assert len(labels) == int(summary(done)["states"]) == int(summary(done)["invalid"])
+    assert {label["reason"] for label in labels} == {"not exactly one command"}
+    assert {label["source"] for label in labels} == {"queried"}  # another teacher than the recorded one: all asked
+    (tmp_path / "trajectories.jsonl").write_bytes((home / "trajectories.jsonl").read_bytes())
+    trained = script("03_train.py", "--data", tmp_path, "--out", tmp_path / "adapter", ok=False)
+    assert trained.returncode == 2 and "no valid label" in trained.stderr
+
+
+def test_gold_patches_resolve_everything_and_empty_ones_nothing(tmp_path):
+    rows = tasks.load("toy:dev:6")
+    for name, patch in (("gold", lambda row: row["patch"]), ("empty", lambda row: "")):
+        lines = [{"instance_id": r["instance_id"], "model_name_or_path": name, "model_patch": patch(r)} for r in rows]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        done = summary(script("04_eval.py", "--tasks", "toy:dev:6", "--predictions", path, "--out", tmp_path / name))
+        assert (done["resolved"], done["tasks"]) == ("6" if name == "gold" else "0", "6")
+    results = list(jsonl.read(tmp_path / "gold" / "results.jsonl", "result"))
+    assert all(not r["tests_status"]["FAIL_TO_PASS"]["failure"] for r in results)
+    assert (tmp_path / "gold" / "logs" / f"{rows[0]['instance_id']}.txt").exists()
+
+
+def test_the_oracle_is_scored_like_a_student(tmp_path):
+    done = script("04_eval.py", "--tasks", "toy:dev:4", "--student", "oracle", "--out", tmp_path / "eval")
+    counted = summary(done)
+    assert counted["resolved"] == counted["tasks"] == "4" and counted["exit_submitted"] == "4"
+    content = json.loads((tmp_path / "eval" / "summary.json").read_text())
+    assert content["rate"] == 1.0 and 0 < content["rate_low"] < 1 and content["rate_high"] == 1.0
+    predictions = list(jsonl.read(tmp_path / "eval" / "predictions.jsonl", "prediction"))
+    assert [p["instance_id"] for p in predictions] == [r["instance_id"] for r in tasks.load("toy:dev:4")]
+
+
+def test_evaluation_tasks_are_never_collected_on(tmp_path, student):
+    done = collect(tmp_path / "t.jsonl", student, "--exclude-tasks", "toy:train:2")
+    assert summary(done)["excluded"] == "2" and summary(done)["trajectories"] == "4"
+
+
+def test_show_prints_a_transcript(tmp_path):
+    done = script("01_collect.py", "--tasks", "toy:train:1", "--teacher", "oracle", "--mix", "teacher", "--out",
+                  tmp_path / "t.jsonl", "--show")  # fmt: skip
+    assert " 0  teacher" in done.stdout and "    $ " in done.stdout and "RESOLVED" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--tasks", "toy:nothing", "--student", "oracle"], "no split 'nothing'"),
+        (["--tasks", "nowhere.jsonl", "--student", "oracle"], "nowhere.jsonl: No such file"),
+        (["--tasks", "toy:dev:2", "--student", "wizard"], "no such policy"),
+        (["--tasks", "toy:dev:2", "--student", "replay:nowhere.jsonl"], "nowhere.jsonl"),
+        (["--tasks", "toy:dev:2", "--student", "hf:smollm2-135m,adapter=nowhere"], "nowhere"),
+        (["--tasks", "toy:dev:2", "--student", "oracle", "--workers", "0"], "--workers must be at least 1"),
+        (["--tasks", "toy:dev:2"], "exactly one of --student"),
+        (["--tasks", "toy:dev:2", "--predictions", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
+    ],
+)
+def test_bad_input_is_exit_2_with_one_clear_line(tmp_path, args, message):
+    done = script("04_eval.py", *args, "--out", tmp_path / "eval", ok=False, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert not (tmp_path / "eval" / "results.jsonl").exists()
+
+
+def test_predictions_with_unknown_or_double_ids_are_refused(tmp_path):
+    path = tmp_path / "p.jsonl"
+    for ids, message in ((["who"], "'who' is not in --tasks"), (["toy-dev-0000"] * 2, "is there twice")):
+        ids = [tasks.load("toy:dev:1")[0]["instance_id"] if name.startswith("toy") else name for name in ids]
+        path.write_text("".join(json.dumps({"instance_id": n, "model_patch": ""}) + "\n" for n in ids))
+        done = script("04_eval.py", "--tasks", "toy:dev:2", "--predictions", path, "--out", tmp_path / "e", ok=False)
+        assert done.returncode == 2 and message in done.stderr
+
+
+def test_a_full_disk_is_exit_1_and_loses_nothing(tmp_path, student):
+    """A file system of 64 KB fills up in the middle of the run; with room again the same command finishes."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", small], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount: {mounted.stderr.strip()}")
+    try:
+        full = collect(small / "t.jsonl", student, "--attempts", 3, ok=False)
+        assert full.returncode == 1 and "No space left on device" in full.stderr and "Traceback" not in full.stderr
+        assert not (small / "t.jsonl").exists()
+        subprocess.run(["mount", "-o", "remount,size=8m", small], check=True)
+        assert summary(collect(small / "t.jsonl", student, "--attempts", 3))["trajectories"] == "18"
+    finally:
+        subprocess.run(["umount", small], check=True)
