@@ -270,10 +270,11 @@ def train(args: Args, trajectories: list[dict], out: Path | None) -> dict:
     tree = args.packing == "tree"
     base = training.load_base(args.model, quant, tree)
     training.probe(base, tree, longest)
+    attention = training.attention_cost(base)
     model = training.add_lora(base, args.model, args.init_adapter, args.lora_rank, args.lora_alpha, args.seed)
     on = "on" if training.device_name() == "cuda" else "none"
     training.checkpointing(model, args.checkpointing if args.checkpointing != "auto" else on)
-    base, pack = model.get_base_model(), prefix_tree.pack_tree if tree else prefix_tree.pack_per_turn
+    base = model.get_base_model()
 
     epochs, max_steps = (args.epochs, args.max_steps) if out else (1, None)
     steps = plan(len(data), args.batch_size, epochs, max_steps, args.seed)
@@ -286,8 +287,13 @@ def train(args: Args, trajectories: list[dict], out: Path | None) -> dict:
         begun = time.time()
         samples = [sample for i in chosen for sample in data[i]]
         label_tokens = sum(sample.n_label for sample in samples)
+        weights = token_weights(samples, args.loss_norm)
+        if tree:
+            batches = prefix_tree.pack_tree(samples, weights, args.tokens_per_batch, attention)
+        else:
+            batches = prefix_tree.pack_per_turn(samples, weights, args.tokens_per_batch)
         rows, nll = 0, 0.0
-        for batch in pack(samples, token_weights(samples, args.loss_norm), args.tokens_per_batch):
+        for batch in batches:
             nll += accumulate(base, batch, offload=args.checkpointing == "offload")
             rows += batch.n_rows
         if out:

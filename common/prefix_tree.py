@@ -24,6 +24,9 @@ import numpy as np
 from common.errors import InputError
 
 
+BATCH_COST = 16  # what starting a batch costs, in rows: keeps the packer from making crumbs
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """One state and its label. ids[n_prompt:] are trained on; each token is predicted by the row before it."""
@@ -54,18 +57,22 @@ class Batch:
         return self.ids.size
 
 
-def pack_tree(samples: Sequence[Sample], weights: Sequence[float], max_rows: int) -> list[Batch]:
+def pack_tree(
+    samples: Sequence[Sample], weights: Sequence[float], max_rows: int, attention: float = 0.0
+) -> list[Batch]:
     """Batches of one line each, at most `max_rows` rows, that compute the shared tokens of `samples` once.
 
     weights[i] is the weight of every trained token of samples[i]. Samples of several trajectories may come together:
     two attempts at one task share their prompt. Where not all fits into one batch, it is cut where little is shared,
-    and what both sides share is computed on both. Raises InputError if one sample is longer than max_rows.
+    and what both sides share is computed on both. `attention` is what looking at one more row costs a row, in rows,
+    where the mask is dense: then unrelated trajectories are better apart. Raises InputError if one sample is longer
+    than max_rows.
     """
     _refuse_long(samples, max_rows)
     order, shared = _sorted(samples)
     samples, weights = [samples[i] for i in order], [weights[i] for i in order]
     batches = []
-    for start, stop in _cut([len(s.ids) for s in samples], shared, max_rows):
+    for start, stop in _cut([len(s.ids) for s in samples], shared, max_rows, attention):
         batches.append(_tree(samples[start:stop], weights[start:stop], shared[start:stop]))
     return batches
 
@@ -131,21 +138,18 @@ def _sorted(samples: Sequence[Sample]) -> tuple[list[int], list[int]]:
     return order, shared
 
 
-def _cut(lengths: list[int], shared: list[int], max_rows: int) -> list[tuple[int, int]]:
-    """Where to cut the sorted samples into batches of at most max_rows: fewest rows computed, then fewest batches."""
+def _cut(lengths: list[int], shared: list[int], max_rows: int, attention: float) -> list[tuple[int, int]]:
+    """Where to cut the sorted samples into batches of at most max_rows: the cheapest way, by dynamic programming."""
     n = len(lengths)
-    new = np.array(lengths) - np.array(shared)  # rows that a sample adds to the batch of the one before it
-    before = np.concatenate([[0], np.cumsum(new)])
-    best = np.zeros((n + 1, 2))  # best[i]: rows and batches of the first i samples
-    first = np.zeros(n + 1, dtype=int)
+    shared = np.array(shared)
+    before = np.concatenate([[0], np.cumsum(np.array(lengths) - shared)])  # rows of the first i samples in one batch
+    best, first = np.zeros(n + 1), np.zeros(n + 1, dtype=int)
     for stop in range(1, n + 1):
-        # rows of the batch start..stop: the first sample whole, then what the others add
-        rows = before[stop] - before[:stop] + np.array(shared[:stop])
-        total = best[:stop, 0] + rows
+        rows = before[stop] - before[:stop] + shared[:stop]  # of start..stop: the first sample whole, the others' news
+        total = best[:stop] + BATCH_COST + rows + attention * rows.astype(float) ** 2
         total[rows > max_rows] = np.inf
-        start = int(np.lexsort((best[:stop, 1], total))[0])
-        best[stop] = total[start], best[start, 1] + 1
-        first[stop] = start
+        first[stop] = np.argmin(total)
+        best[stop] = total[first[stop]]
     cuts = []
     while n:
         cuts.append((int(first[n]), n))

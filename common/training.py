@@ -179,6 +179,23 @@ def _tree_mask(base: Any, end: Any) -> Any:
     return ((row[None, :] <= row[:, None]) & (row[:, None] < end[None, :]))[None, None]
 
 
+def attention_cost(base: Any) -> float:
+    """What one more row to look at costs a row, in rows, where the mask is dense; 0 where flex skips empty blocks.
+
+    A row takes 2 FLOPs per weight of the linear layers, and 4 per layer, row looked at and width of the queries.
+    """
+    import torch
+
+    if base.config._attn_implementation == "flex_attention":
+        return 0.0
+    transformer = getattr(base, base.base_model_prefix)
+    linear = [module for module in transformer.modules() if isinstance(module, torch.nn.Linear)]
+    config = base.config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    looked_at = 2 * config.num_hidden_layers * config.num_attention_heads * width
+    return looked_at / sum(module.in_features * module.out_features for module in linear)
+
+
 def probe(base: Any, tree: bool, longest: int) -> None:
     """Raises InputError where this model cannot be trained as we do it: tried out on a few tokens, not looked up.
 
