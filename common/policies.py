@@ -257,7 +257,7 @@ class OpenAIPolicy(_Plain):
         self.url = "http" + url
         parts = urlsplit(self.url)
         if not (self.model and at and parts.scheme in ("http", "https") and parts.hostname):
-            raise InputError(f"openai:{rest}: wanted openai:MODEL@URL, as openai:Qwen/Qwen3-8B@http://localhost:8000/v1")
+            raise InputError(f"openai:{rest}: wanted openai:MODEL@URL, as openai:qwen3-8b@http://localhost:8000/v1")
         if not parts.path.strip("/"):
             self.url = self.url.rstrip("/") + "/v1"
         self.name, self.extra, self.max_context = f"openai:{self.model}", extra, max_context

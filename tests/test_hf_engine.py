@@ -38,7 +38,8 @@ def ask_all(machine, asked: list[list[int]], limits, names=None, seed: int = 0) 
 
     def one(i: int) -> None:
         try:
-            answers[i] = machine.generate(asked[i], limit=limits[i], seed=seed + i, episode=(names or range(len(asked)))[i])
+            name = (names or range(len(asked)))[i]
+            answers[i] = machine.generate(asked[i], limit=limits[i], seed=seed + i, episode=name)
         except Exception as error:  # noqa: BLE001
             answers[i] = error
 
@@ -58,7 +59,7 @@ def whole(made: hf_engine.Generated, ends: set[int], expected: list[int]) -> lis
 @pytest.mark.parametrize("arch", ["llama", "qwen3"])
 @pytest.mark.parametrize("rows", [1, 5, 16])
 def test_greedy_equals_transformers(tmp_path, arch, rows):
-    """16 prompts of mixed lengths and limits on 1, 5 and 16 rows: token by token what generate() says for each alone."""
+    """16 prompts of mixed lengths and limits on 1, 5 and 16 rows: what generate() says for each alone, all tokens."""
     path = tiny.model_dir(tmp_path, arch)
     asked = prompts(16)
     limits = [5 + 3 * i for i in range(16)]
@@ -86,7 +87,7 @@ def test_a_long_prompt_is_read_in_pieces(tmp_path, monkeypatch):
 
 
 def test_kept_keys_change_nothing(tmp_path):
-    """Episodes of several turns. A turn may go on from the last one, take part of it back, or have nothing in common."""
+    """Episodes of several turns. A turn goes on from the last one, takes part of it back, or has nothing in common."""
     path = tiny.model_dir(tmp_path, "qwen3")
     machine = engine(path, rows=4)
     starts = prompts(4, seed=5, longest=60)
@@ -170,7 +171,7 @@ def test_seed_decides_the_sample(tmp_path):
 
 
 def test_sampling_follows_the_nucleus():
-    """20,000 draws from four known tokens. Chance of a false alarm: each share is 6 standard deviations wide, < 1e-8."""
+    """20,000 draws from four known tokens; each share within 6 standard deviations, so a false alarm has p < 1e-7."""
     probs = torch.tensor([0.5, 0.3, 0.15, 0.05])
     n = 20_000
     logits = probs.log().repeat(n, 1)
@@ -227,9 +228,8 @@ def adapter_dir(path: str, target, name: str | None = None, rank: int = 4) -> st
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(path), LoraConfig(r=rank, target_modules="all-linear", init_lora_weights=False)
-    )
+    config = LoraConfig(r=rank, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(path), config)
     model.peft_config["default"].base_model_name_or_path = name or path
     model.save_pretrained(target)
     return str(target)
@@ -244,7 +244,8 @@ def test_adapter(tmp_path):
     adapter = adapter_dir(path, tmp_path / "adapter")
     prompt = prompts(1, seed=1)[0]
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path), adapter).eval()
-    expected = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt) :].tolist()
+    out = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
+    expected = out[0, len(prompt) :].tolist()
     machine = engine(path, adapter=adapter)
     made = machine.generate(prompt, limit=20, seed=0, episode="a")
     machine.close()
@@ -266,13 +267,12 @@ def test_adapter_of_another_model(tmp_path):
         machine.generate([20, 21], limit=2, seed=0, episode="b")
 
 
-@pytest.mark.parametrize("quant", ["nf4"])
-def test_nf4(tmp_path, quant):
+def test_nf4(tmp_path):
     """On a CPU the expanded weights are exactly those that NF4 training computes with."""
     import bitsandbytes as bnb
 
     path = tiny.model_dir(tmp_path)
-    plain, rounded = hf_engine.load_model(path), hf_engine.load_model(path, quant=quant)
+    plain, rounded = hf_engine.load_model(path), hf_engine.load_model(path, quant="nf4")
     one = plain.model.layers[0].mlp.up_proj.weight
     other = rounded.model.layers[0].mlp.up_proj.weight
     assert not torch.equal(one, other.to(one))

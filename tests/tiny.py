@@ -80,8 +80,9 @@ TEMPLATES = {
 CORPUS = [
     "Find total.\n```bash\ngrep -rn 'def total' .\n```\n", "exit 0\n./shop/cart.py:12:def total(items):\n",
     "The test fails.\n```bash\npython -m pytest -q tests/test_cart.py\n```\n", "```bash\ncat shop/cart.py\n```",
-    "def total(items):\n    return sum(item.price for item in items)\n", "```bash\nsubmit\n```\n", "<think>\n\n</think>\n\n",
-    "You fix the bug in the repository. One bash command per reply.", "system user assistant tool\n", "exit 1\nAssertionError",
+    "def total(items):\n    return sum(item.price for item in items)\n", "```bash\nsubmit\n```\n",
+    "<think>\n\n</think>\n\n", "You fix the bug in the repository. One bash command per reply.",
+    "system user assistant tool\n", "exit 1\nAssertionError",
 ]
 
 
@@ -103,8 +104,9 @@ def tokenizer(template: str = "chatml", vocab_size: int = 480):
     from transformers import PreTrainedTokenizerFast
 
     chat_template, specials, bos, eos, _ = TEMPLATES[template]
+    pad = specials[1] if specials[0] == bos else specials[0]  # generate() takes pad tokens in a prompt for padding
     made = PreTrainedTokenizerFast(tokenizer_object=_bpe(tuple(specials), vocab_size), bos_token=bos, eos_token=eos,
-                                   pad_token=specials[0], additional_special_tokens=specials,
+                                   pad_token=pad, additional_special_tokens=specials,
                                    clean_up_tokenization_spaces=False, model_max_length=4096)
     made.chat_template = chat_template
     return made
