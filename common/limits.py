@@ -2,8 +2,10 @@
 
 import codecs
 import contextlib
+import json
 import os
 import resource
+import select
 import signal
 import subprocess
 import threading
@@ -50,19 +52,45 @@ class Job:
     def __init__(self, process, output: int, status: int, memory: int, processes: int, meter: "DiskMeter"):
         self.process, self.output, self.status = process, output, status
         self.memory, self.processes, self.meter = memory, processes, meter
+        self.init: int | None = None  # pidfd of the first process inside, once bwrap has told
         self.killed: str | None = None
         self.exit_code: int | None = None
         self.lock = threading.Lock()
 
     def kill(self, reason: str) -> None:
-        """Kill all processes. Killing the namespace's init does it; bwrap itself ends when they are gone."""
+        """Kill all processes of the sandbox, by killing the init of their namespace."""
         with self.lock:
             if self.killed is None:
                 self.killed = reason
-            inside = _children(self.process.pid)
-            for pid in inside or [self.process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                if self.init is not None:
+                    signal.pidfd_send_signal(self.init, signal.SIGKILL)
+                else:
+                    self.process.kill()  # --die-with-parent does the rest
+
+    def told(self, status: bytes) -> None:
+        """Take in what bwrap has said so far (--json-status-fd)."""
+        for line in status.decode(errors="replace").split("\n")[:-1]:
+            record = json.loads(line)
+            if "child-pid" in record and self.init is None:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                    self.init = os.pidfd_open(record["child-pid"])
+            self.exit_code = record.get("exit-code", self.exit_code)
+
+    def close(self) -> None:
+        """Let go of the pidfd; the watching thread may be about to use it."""
+        with self.lock:
+            if self.init is not None:
+                os.close(self.init)
+                self.init = None
+
+    def gone(self, seconds: float) -> bool:
+        """Wait until the last process inside is dead: bwrap itself ends a moment before that."""
+        if self.init is None:
+            return True
+        poll = select.poll()
+        poll.register(self.init, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
 
     def check(self) -> None:
         """Kill the command if it is over a limit."""

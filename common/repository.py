@@ -209,14 +209,32 @@ def _write_inline(tree: Path, source: dict, name: str) -> None:
 
 
 def _unpack(source: Path, folder: Path, name: str) -> Path:
-    """Unpack a tarball; a single top-level directory is stripped."""
-    if not hasattr(tarfile, "data_filter"):
-        raise InputError("unpacking a tarball safely needs Python 3.11.4 or later")
+    """Unpack a tarball into a new folder; a single top-level directory is stripped. Raises InputError for a hostile one.
+
+    Files, directories and symlinks; the links are made last, so that nothing is written through one.
+    """
     folder.mkdir()
+    links = []
     try:
         with tarfile.open(source) as tar:
-            tar.extractall(folder, filter="data")
-    except (tarfile.TarError, EOFError, zlib.error) as error:
+            for member in tar:
+                path = os.path.normpath(member.name)
+                if path.startswith(("/", "..")):
+                    raise InputError(f"{name}: bad path {member.name!r} in the tarball")
+                target = folder / path
+                if member.isdir():
+                    target.mkdir(parents=True, exist_ok=True)
+                    continue
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if member.issym():
+                    links.append((member.linkname, target))
+                elif (content := tar.extractfile(member)) is not None:  # a hard link gives what it leads to
+                    with content, open(target, "wb") as file:
+                        shutil.copyfileobj(content, file)
+                    target.chmod(0o755 if member.mode & 0o100 else 0o644)
+        for link, target in links:
+            target.symlink_to(link)
+    except (tarfile.TarError, EOFError, KeyError, zlib.error) as error:
         raise InputError(f"{name} is no directory, no git repository and no tarball ({error})") from None
     inside = list(folder.iterdir())
     return inside[0] if len(inside) == 1 and inside[0].is_dir() and not inside[0].is_symlink() else folder

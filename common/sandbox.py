@@ -20,7 +20,7 @@ Limits (arguments of LocalSandbox), and who enforces them:
 * output: what is kept is bounded; a command that prints more than 64 MB is killed.
 
 Not a virtual machine: an attack on the kernel is out of scope, and so are CPU time and disk bandwidth, which are shared.
-Linux only. Works as root and as any user, but not where user namespaces are off (for users) or inside most containers.
+Linux 5.3 or later only. Works as root and as any user, but not where user namespaces are off (for users) or inside most containers.
 """
 
 import atexit
@@ -29,7 +29,6 @@ import dataclasses
 import fcntl
 import functools
 import itertools
-import json
 import os
 import platform
 import resource
@@ -190,7 +189,7 @@ class LocalSandbox:
             arguments += ["--unshare-user", "--uid", str(uid), "--gid", str(uid)]
         else:
             arguments += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-        for folder in _parents([*prefixes, "/etc/ssl/certs"]):  # bwrap would make them 0700
+        for folder in ("/etc", "/etc/ssl"):  # here and below: bwrap would make them 0700
             arguments += ["--perms", "0755", "--dir", folder]
         arguments += ["--ro-bind", "/usr", "/usr"]
         for path in ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"):
@@ -205,6 +204,8 @@ class LocalSandbox:
             arguments += ["--ro-bind", str(etc / name), f"/etc/{name}"]
         arguments += ["--proc", "/proc", "--dev", "/dev", "--bind", str(tmp / "shm"), "/dev/shm", "--remount-ro", "/dev",
                       "--bind", str(tmp / "tmp"), "/tmp"]
+        for folder in _parents(prefixes):
+            arguments += ["--perms", "0755", "--dir", folder]
         for prefix in prefixes:
             arguments += ["--ro-bind", os.path.realpath(prefix), prefix]
         arguments += ["--bind", str(self.checkout.tree), "/testbed", "--chdir", "/testbed"]
@@ -275,9 +276,12 @@ class LocalSandbox:
                         opened.discard(handle)
                     elif handle == job.status:
                         status += data
+                        job.told(status)
                     elif output.add(data) > MAX_PRINTED:
                         job.kill(f"more than {MAX_PRINTED // MEGABYTE} MB of output")
             job.process.wait(20)
+            if not job.gone(20):
+                raise InfraError(f"{self.row['instance_id']}: the sandbox cannot be killed")
         except BaseException:
             job.kill("stopped")
             job.process.kill()
@@ -285,8 +289,7 @@ class LocalSandbox:
             raise
         finally:
             watcher.remove(job)
-        for line in status.decode(errors="replace").splitlines():
-            job.exit_code = json.loads(line).get("exit-code", job.exit_code)
+            job.close()
 
 
 def _parents(paths: list[str]) -> list[str]:

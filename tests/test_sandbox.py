@@ -72,6 +72,18 @@ def test_the_tasks_python_and_pytest_work(box):
     assert "1 passed" in sh(box, "pytest -q 2>&1 || python -m pytest -q")
 
 
+def test_an_interpreter_anywhere(tmp_path):
+    """A virtual environment below /tmp, in directories that are closed to others."""
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "python").symlink_to(os.path.realpath(sys.executable))
+    (tmp_path / "venv" / "pyvenv.cfg").write_text(f"home = {os.path.dirname(os.path.realpath(sys.executable))}\n")
+    (tmp_path / "neighbour").write_text("hidden")
+    with LocalSandbox(make_row(python=str(tmp_path / "venv" / "bin" / "python"))) as box:
+        assert sh(box, "python -c 'import sys; print(sys.prefix)'") == f"{tmp_path}/venv\n"
+        assert sh(box, f"ls {tmp_path}") == "venv\n"
+        assert box.run(f"touch {tmp_path}/venv/x").exit_code != 0
+
+
 def test_one_commit_and_nothing_of_the_past(tmp_path):
     """A git repository is handed over at base_commit; what came later, other branches and remotes are not there."""
     def git(*args):
@@ -115,6 +127,19 @@ def test_sources(tmp_path):
             assert sh(box, "./run.sh; git status --porcelain") == "run\n"
             commits.add(sh(box, "git rev-parse HEAD"))
     assert len(commits) == 1
+
+
+def test_a_hostile_tarball_writes_nothing_outside(tmp_path):
+    for number, names in enumerate((["../outside"], [str(tmp_path / "outside")], ["top/link", "top/link/outside"])):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for name in names:
+                info = tarfile.TarInfo(name)
+                if name == "top/link":
+                    info.type, info.linkname = tarfile.SYMTYPE, str(tmp_path)
+                tar.addfile(info)
+        with pytest.raises(InputError, match=f"toy-1: repository .*{number}.tar: "):
+            LocalSandbox(make_row(source=str(tmp_path / f"{number}.tar"))).start()
+    assert not (tmp_path / "outside").exists()
 
 
 def test_set_up_commands_run_once_and_are_no_part_of_the_patch():
