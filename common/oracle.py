@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from common import actions, toy_tasks
 from common.toy_tasks import Edit, Task
 
-_READERS = {"cat", "grep", "ls", "head", "tail", "wc", "pwd", "nl", "tree", "which", "true", "false", "cd", "diff", "file",
-            "less", "more", "egrep", "fgrep", "stat", "du", "whoami", "date", "test", "sleep", "echo", "printf", "sort"}  # fmt: skip
+_READERS = set("cat grep egrep fgrep ls head tail wc pwd nl tree which true false cd diff file less more stat du "
+               "whoami date test sleep echo printf sort".split())  # fmt: skip
 _GIT_READERS = {"status", "diff", "log", "show", "blame", "ls-files", "grep", "rev-parse", "add", "rev-list"}
 _ROOT = "$(git rev-list --max-parents=0 HEAD)"  # the commit that the task began with, whatever was committed since
 
@@ -37,6 +37,7 @@ class _Scene:
     fresh: set[str] = field(default_factory=set)  # files whose view holds and was read after the last failing test
     tried: dict[str, int] = field(default_factory=dict)  # file -> edits since it was read
     touched: dict[str, set[int]] = field(default_factory=dict)  # file -> lines that those edits changed
+    worked_on: set[str] = field(default_factory=set)  # right files that somebody changed, as displayed
     changed: bool = False  # something may have changed since the last full test run
     passed: bool = False  # the last full test run since the last change passed
     failed: bool = False  # ... or failed
@@ -44,6 +45,7 @@ class _Scene:
     odd: bool = False  # a command whose effect is not known
     moved: bool = False  # HEAD may not be the first commit any more
     mess: bool = False  # git status shows more than edits of the right file
+    timeouts: int = 0  # test runs in a row that were killed
     looked: bool = False  # git status was clean and yet the tests fail
 
 
@@ -70,6 +72,8 @@ def _observe(task: Task, scene: _Scene, command: str, code: int, output: str) ->
     for package, module, names in re.findall(r"^from (\w+)\.(\w+) import ([\w, ]+)$", output, re.M):
         for name in names.split(", "):
             scene.places.setdefault(name, f"{package}/{module}.py")
+    if code == 2 and re.match(r"bash: (-c: )?line 1: (syntax error|unexpected EOF)", output):
+        return  # not a line of shell: nothing ran
     pieces, sure = _pieces(command)
     if len(pieces) > 1 and not all(_reads(p) for p in pieces):
         if not sure or (code != 0 and not (_is_pytest(pieces[-1]) and "short test summary" in output)):
@@ -142,8 +146,8 @@ def _reads(words: list[str]) -> bool:
     if head == "git":
         return len(words) > 1 and words[1] in _GIT_READERS
     if head == "sed":
-        return not any(w.startswith("-i") or w.startswith("--in") or (w[:1] == "-" and "i" in w[1:] and w[1:2] != "-") for w in words) \
-            and not re.search(r"\bw ", " ".join(words))  # fmt: skip
+        in_place = any(re.match(r"--in-place|-[a-zA-Z]*i", w) for w in words[1:])
+        return not in_place and not re.search(r"\bw ", " ".join(words))  # `s/a/b/w FILE` writes too
     if head == "find":
         return not {"-delete", "-exec", "-execdir", "-fprint"} & set(words)
     if head in ("python", "python3"):
@@ -176,6 +180,9 @@ def _viewed(scene: _Scene, path: str, text: str) -> None:
 
 
 def _tested(scene: _Scene, full: bool, code: int) -> None:
+    scene.timeouts = scene.timeouts + 1 if code in (124, 137) else 0
+    if scene.timeouts == 1:
+        return  # killed: says nothing, so run it again; the second time in a row it is a failure
     if code != 0:
         scene.fresh.clear()
         scene.passed, scene.failed, scene.changed = False, True, False
@@ -213,6 +220,7 @@ def _sed(task: Task, scene: _Scene, words: list[str], code: int) -> None:
         if path not in task.fixed:
             scene.stray.append(path)
             continue
+        scene.worked_on.add(path)
         scene.tried[path] = scene.tried.get(path, 0) + 1
         before = scene.views.get(path)
         after = _apply(scripts, before)
@@ -265,7 +273,7 @@ def _apply(scripts: list[str], text: str | None) -> str | None:
 def _git(scene: _Scene, words: list[str], code: int) -> None:
     """git commands that change something."""
     what = words[1] if len(words) > 1 else ""
-    rest = [w for w in words[2:] if w not in ("--", "-q", "-f", "ROOT")]
+    rest = [w for w in words[2:] if w not in ("--", "-q", "-f", "ROOT", "HEAD")]
     if what == "commit":  # the files stay, HEAD moves
         scene.moved = True
     elif what in ("checkout", "restore") and rest and all("/" in w or w == "." for w in rest):
@@ -297,6 +305,10 @@ def _status(task: Task, scene: _Scene, output: str) -> None:
     scene.mess = any(len(line) != 2 or line[0] != "M" or line[1] not in task.fixed for line in lines)
     scene.odd, scene.stray = False, []
     scene.looked = not scene.mess
+    for edit in task.edits:  # a file that was changed and holds no such function any more: worth a look
+        if any(line[-1:] == [edit.path] for line in lines):
+            scene.places.setdefault(edit.function, edit.path)
+            scene.worked_on.add(edit.path)
 
 
 # ---- from what is known to the next turn --------------------------------------------------------------------------
@@ -309,19 +321,22 @@ def _named(task: Task) -> set[str]:
 def _decide(task: Task, scene: _Scene) -> tuple[str, str]:
     """(reason, command). The order of the questions is the order of what anyone would settle first."""
     root = f" {_ROOT}" if scene.moved else ""
+    back = _ROOT if scene.moved else "HEAD"
     if scene.mess:
-        back = f"git reset -q --hard{root} && git clean -fdq"
-        return "Too much has changed. Start again.", back
+        return "Too much has changed. Start again.", f"git reset -q --hard{root} && git clean -fdq"
     if scene.odd:
         return "See what changed.", f"git diff --name-status{root}" if scene.moved else "git status --short"
     if scene.stray:
-        return "That file was right. Undo.", f"git checkout{root} {scene.stray[0]}"
+        return "That file was right. Undo.", f"git checkout {back} {scene.stray[0]}"
     wrong = _wrong(task, scene)
     if scene.passed and wrong is not None and not wrong and _whole(task, scene):
         return "The tests pass.", "submit"
 
-    in_sight = sorted((e for e in task.edits if _in_sight(task, scene, e)), key=lambda e: scene.issue.find(f"{e.function}()"))
-    if not in_sight and not scene.failed:
+    in_sight = [e for e in task.edits if _in_sight(task, scene, e)]
+    in_sight.sort(key=lambda e: scene.issue.find(f"{e.function}()"))
+    if not in_sight and scene.passed:  # somebody repaired it before a test named it: which file was that?
+        in_sight = [e for e in task.edits if e.path in scene.worked_on]
+    elif not in_sight and not scene.failed:
         return "Run the tests.", "pytest"
     for edit in in_sight:
         if edit.function not in scene.places and edit.path not in scene.views:
@@ -330,12 +345,12 @@ def _decide(task: Task, scene: _Scene) -> tuple[str, str]:
             again = " again" if edit.path in scene.views else ""
             return f"Read {edit.path}{again}.", f"cat {edit.path}"
         if not _whole(task, scene, edit.path):
-            return "The file is broken. Restore it.", f"git checkout{root} {edit.path}"
+            return "The file is broken. Restore it.", f"git checkout {back} {edit.path}"
     open_ = [e for e in in_sight if not _right(scene.views[e.path], e)]
     tried = sum(scene.tried.values())
     waiting = [e for e in open_ if e.number not in scene.touched.get(e.path, ())]
     if waiting and tried < len(in_sight):
-        return _replace(scene, waiting[0], root)
+        return _replace(scene, waiting[0], back)
     if scene.changed or not (scene.failed or scene.passed):
         return "Run the tests.", "pytest"
     if scene.looked:
@@ -381,7 +396,7 @@ def _whole(task: Task, scene: _Scene, path: str | None = None) -> bool:
     return True
 
 
-def _replace(scene: _Scene, edit: Edit, root: str) -> tuple[str, str]:
+def _replace(scene: _Scene, edit: Edit, back: str) -> tuple[str, str]:
     """The sed for one line, as it stands on the screen."""
     text = scene.views[edit.path]
     line = text.split("\n")[edit.number]
@@ -390,8 +405,8 @@ def _replace(scene: _Scene, edit: Edit, root: str) -> tuple[str, str]:
     if not (line.startswith(before) and line.endswith(after) and old and text.count(old) == 1):
         old, new = line.strip(), edit.line.strip()
     if "'" in old or not old or text.count(old) != 1:
-        return "The line is broken. Restore it.", f"git checkout{root} {edit.path}"
-    why = f"Make it {new.removeprefix('return ')}."
+        return "The line is broken. Restore it.", f"git checkout {back} {edit.path}"
+    why = f"{old.removeprefix('return ')} should be {new.removeprefix('return ')}."
     return why, f"sed -i 's/{_escape(old)}/{new}/' {edit.path}"
 
 

@@ -111,9 +111,11 @@ def off_by_one(rng, names):
     options = [f":{n}", f":{n} + 1", f":{n} - 1"]
     clear = {
         0: [f"as many {xs} as {n} says", f"exactly {n} of the {xs} come back", f"no more and no fewer than {n} {xs}"],
-        1: [f"one more of the {xs} than {n} says", f"{n} and then one of the {xs} come back", f"{n} plus one of the {xs} come back"],
-        2: [f"one fewer of the {xs} than {n} says", f"{n} but one of the {xs} come back", f"{n} minus one of the {xs} come back"],
-    }
+        1: [f"one more of the {xs} than {n} says", f"{n} and then one of the {xs} come back",
+            f"{n} plus one of the {xs} come back"],
+        2: [f"one fewer of the {xs} than {n} says", f"{n} but one of the {xs} come back",
+            f"{n} minus one of the {xs} come back"],
+    }  # fmt: skip
     right, bug = _pick(rng, options)
     more = {0: 0, 1: 1, 2: -1}
     fits = {i for i in more if (more[i] > more[bug]) == (more[right] > more[bug]) and i != bug}
@@ -197,7 +199,8 @@ def wrong_key(rng, names):
     fits = {0, 1, 2} - {bug}
     vague = [(fits, f"!it reads the wrong part of the {row}"), (fits, f"!nobody asked for the {keys[bug]}")]
     return _body(names.function(), [row], options, f"    return {row}[{{site}}]",
-                 lambda rng: (dict(zip(keys, rng.sample(range(1, 10), 3))),), clear, rng, vague, bug, right)  # fmt: skip
+                 lambda rng: (dict(zip(keys, rng.sample(range(1, 10), 3))),),
+                 clear, rng, vague, bug, right)  # fmt: skip
 
 
 def missing_return(rng, names):

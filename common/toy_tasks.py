@@ -34,9 +34,11 @@ FUNCTIONS = 3  # in a module
 SHOWS = "call"  # what a failing test prints: `values`, got and expected; `call`, the call and the answer expected;
 #                 `words`, that and the behaviour in words that are always the same
 
-# The issue around a clause: {f} the function, {p} the package, {g} a second one with the clause {v}, {w} the clause, {W} the clause with a capital.
+# The issue around a clause: {f} the function, {p} the package, {w} the clause, {W} the clause with a capital; {g} and
+# {v} a second function and its clause.
 _WANTED = (
-    "Fix {f}(): {w}.", "{f}() is wrong. {W}.", "In {f}(), {w}. That is not what happens.", "{f}() gives bad results. {W}.",
+    "Fix {f}(): {w}.", "{f}() is wrong. {W}.", "In {f}(), {w}. That is not what happens.",
+    "{f}() gives bad results. {W}.",
     "We expect this of {f}(): {w}.", "{W} in {f}(), or so it should be.", "{f}() broke. {W}, says the manual.",
     "People complain about {f}(). {W}, they say.",
 )  # fmt: skip
@@ -46,7 +48,8 @@ _COMPLAINT = (
 )  # fmt: skip
 _TRACED = ("A test in {p} fails. {W}.", "The tests of {p} are red: {w}.", "See the failing test in {p}. {W}.",
            "One test is broken in {p}: {w}.")  # fmt: skip
-_DOUBLE = ("Fix {f}() and {g}(). In {f}(), {w}. In {g}(), {v}.", "{f}() and {g}() are wrong. For {f}(), {w}. For {g}(), {v}.")
+_DOUBLE = ("Fix {f}() and {g}(). In {f}(), {w}. In {g}(), {v}.",
+           "{f}() and {g}() are wrong. For {f}(), {w}. For {g}(), {v}.")  # fmt: skip
 
 _INI = f"""[pytest]
 addopts = -qq --tb=no {"" if SHOWS == "values" else "--assert=plain "}-p no:cacheprovider
