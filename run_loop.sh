@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 # The knobs
-RUN=${RUN:-laptop}                        # the run lives in runs/$RUN
+RUN=${RUN:-laptop}                        # the run lives in runs/$RUN, or in $RUN if that is absolute
 ITERATIONS=${ITERATIONS:-3}               # DAgger iterations; the first is SFT on the teacher's own trajectories
 TASKS=${TASKS:-toy:train}                 # collected on
 EVAL_TASKS=${EVAL_TASKS:-toy:dev}         # chooses the iteration
@@ -28,7 +28,7 @@ TRAIN_FLAGS=${TRAIN_FLAGS:-}              # more flags for 03
 
 . common/setup.sh
 
-run=runs/$RUN
+case $RUN in /*) run=$RUN ;; *) run=runs/$RUN ;; esac
 model=${STUDENT#hf:} model=${model%%,*}
 iter() { printf '%s/iter_%03d' "$run" "$1"; }
 student() { [ "$1" = 0 ] && echo "$STUDENT" || echo "$STUDENT,adapter=$(iter "$1")/adapter"; }

@@ -16,7 +16,7 @@ want=$(cat requirements.txt common/setup.sh common/embedded.py | cksum)
 
 if [ "$(cat .venv/installed 2>/dev/null)" != "$want" ]; then
     [ -x "$PYTHON" ] || "${PYTHON_FOR_VENV:-python3}" -m venv .venv
-    "$PYTHON" -c 'import sys; sys.exit("Python 3.11 or newer is needed: PYTHON_FOR_VENV=python3.11" * (sys.version_info < (3, 11)))'
+    "$PYTHON" -c 'import sys; sys.exit("Python 3.11 or newer is needed: PYTHON_FOR_VENV=python3.11" if sys.version_info < (3, 11) else 0)'
     echo "installing requirements.txt into .venv (a few minutes, once)" >&2
     pip() { "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@" >&2; }
     if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
