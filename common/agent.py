@@ -22,13 +22,13 @@ FORMAT_LIMIT = 5  # turns in a row without a command
 class AgentFlags:
     """The agent flags of 01_collect.py and 04_eval.py. The defaults fit the embedded student and tasks."""
 
-    max_turns: int = 16
+    max_turns: int = 12
     """turns after which a trajectory ends as turn_limit"""
     max_context: int = 2048
     """tokens of conversation and answer after which a trajectory ends as context_limit"""
     max_tokens: int = 8192
     """tokens generated in all after which a trajectory ends as token_limit"""
-    max_new_tokens: int = 96
+    max_new_tokens: int = 64
     """tokens that one turn may take"""
     time_limit: float = 600.0
     """seconds after which a trajectory ends as time_limit"""

@@ -31,7 +31,7 @@ WORDINGS = 99  # at most so many different clauses for one option
 FRAMES = 99  # at most so many different sentences around a clause
 DOUBLE_TOLD = 1.0  # share of the double tasks whose issue names both functions; else a failing test shows the second
 FUNCTIONS = 3  # in a module
-SHOWS = "call"  # what a failing test prints: `values`, got and expected; `call`, the call and the answer expected;
+SHOWS = "words"  # what a failing test prints: `values`, got and expected; `call`, the call and the answer expected;
 #                 `words`, that and the behaviour in words that are always the same
 
 # The issue around a clause: {f} the function, {p} the package, {w} the clause, {W} the clause with a capital; {g} and
