@@ -43,7 +43,7 @@ class Args:
     """tree: shared tokens once; per-turn: each label with its whole prompt"""
     quant: Literal["auto", "nf4", "none"] = "auto"
     """the frozen base: nf4 is QLoRA; auto is nf4 on CUDA, none on CPU"""
-    epochs: int = 2
+    epochs: int = 3
     """passes over the data"""
     lr: float = 1e-3
     """peak learning rate of AdamW"""
@@ -149,6 +149,9 @@ def make_samples(trajectory: dict, tokenizer, kwargs: dict, max_context: int) ->
 # ---------------------------------------------------------------- the loss and the steps
 
 
+LOGITS = 2**24  # how many logits there are at once: 64 MB of fp32
+
+
 def token_weights(samples: list, loss_norm: str) -> list[float]:
     """The weight of every trained token of each sample, such that the loss of the step is a weighted sum."""
     if loss_norm == "token":
@@ -170,7 +173,7 @@ def accumulate(base, batch, backward: bool = True, offload: bool = False) -> flo
     hidden = training.hidden_rows(base, batch, offload)  # (P, H)
     targets = torch.from_numpy(batch.targets).to(hidden.device)
     weights = torch.from_numpy(batch.weights).to(hidden.device)
-    chunk = max(16, 2**24 // head.weight.shape[0])
+    chunk = max(1, LOGITS // head.weight.shape[0])
     total, gradients = 0.0, []
     for start in range(0, len(targets), chunk):
         part = slice(start, start + chunk)
