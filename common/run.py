@@ -11,6 +11,7 @@ import inspect
 import json
 import logging
 import os
+import resource
 import shlex
 import signal
 import subprocess
@@ -187,8 +188,14 @@ class Stage:
                   file=sys.stderr)
 
     def finish(self, summary: dict) -> None:
-        """Note the end, the seconds of this call and the summary in the manifest; print the summary line."""
-        self.manifest |= {"finished": time.time(), "seconds": time.time() - self.began, "summary": summary}
+        """Note the end, seconds and peak memory of this call, and the summary in the manifest; print the summary line."""
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1 << 20)
+        self.manifest |= {
+            "finished": time.time(),
+            "seconds": time.time() - self.began,
+            "peak_memory_mb": round(memory),
+            "summary": summary,
+        }
         self._write()
         print_summary(summary)
 

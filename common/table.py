@@ -106,8 +106,10 @@ def show(home: Path, iterations: int | None) -> None:
             for name, group in json.loads((path.parent / "summary.json").read_text())["groups"].items():
                 if not name.startswith("family "):
                     print(f"    {name}: %s (%s)" % _score(group))
-    minutes = sum(content["seconds"] for stages in table.values() for content in stages.values()) / 60
-    print(f"{minutes:.0f} minutes in all\n\nuse this student:")
+    every = [json.loads(path.read_text()) for path in home.rglob("*manifest.json")]
+    minutes = sum(content.get("seconds", 0) for content in every) / 60
+    memory = max(content.get("peak_memory_mb", 0) for content in every) / 1024
+    print(f"{minutes:.0f} minutes in all, at most {memory:.1f} GB of memory in one process\n\nuse this student:")
     print(f"    .venv/bin/python 04_eval.py --tasks toy:dev:4 --student {evaluated['student']} --out try")
 
 
