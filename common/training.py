@@ -200,7 +200,8 @@ def probe(base: Any, tree: bool, longest: int) -> None:
     """Raises InputError where this model cannot be trained as we do it: tried out on a few tokens, not looked up.
 
     Two questions: are the logits the head applied to the last hidden state, and (on the tree) does a branch give what
-    it gives alone? Recurrent state, convolutions over rows or positions counted by row fail the second.
+    it gives alone? Positions counted by row fail the second. Recurrent state may leak too little to be seen here, so
+    layers that carry one are looked for by name as well.
     """
     import torch
 
@@ -208,7 +209,7 @@ def probe(base: Any, tree: bool, longest: int) -> None:
     words = rng.choice(base.config.get_text_config().vocab_size, size=24, replace=False).astype(np.int32)
     alone = prefix_tree.Sample("probe", np.concatenate([words[:6], words[16:]]), 6)
     other = prefix_tree.Sample("probe", words[:16], 6)
-    tolerance = 1e-3 if base.dtype == torch.float32 else 0.1
+    tolerance = 1e-4 if base.dtype == torch.float32 else 0.1
     with torch.no_grad(), autocast(base.device):
         line = prefix_tree.pack_per_turn([alone], [1.0], 64)[0]
         expected = hidden_rows(base, line).float()
@@ -229,17 +230,28 @@ def probe(base: Any, tree: bool, longest: int) -> None:
                 f"this model has sliding-window attention over {window} tokens and a sample has {longest}: the prefix "
                 "tree does not count such windows; take --packing per-turn, or a --max-context within the window"
             )
-        both = prefix_tree.pack_tree([other, alone], [0.0, 1.0], 64)[0]
-        try:
-            found = hidden_rows(base, both).float()[torch.from_numpy(np.flatnonzero(both.weights))]
-            isolated = _distance(found, expected) <= tolerance
-        except (TypeError, ValueError, RuntimeError, AttributeError):
-            isolated = False
+        isolated = not _carries_state(base)
+        if isolated:
+            both = prefix_tree.pack_tree([other, alone], [0.0, 1.0], 64)[0]
+            try:
+                found = hidden_rows(base, both).float()[torch.from_numpy(np.flatnonzero(both.weights))]
+                isolated = _distance(found, expected) <= tolerance
+            except (TypeError, ValueError, AttributeError):  # takes no positions, or no mask of this kind
+                isolated = False
         if not isolated:
             raise InputError(
                 f"the {base.config.model_type} architecture mixes the branches of a prefix tree (recurrent state, or "
                 "positions counted by row): take --packing per-turn"
             )
+
+
+def _carries_state(base: Any) -> bool:
+    """Whether a layer hands something from row to row other than by attention."""
+    kinds = getattr(base.config.get_text_config(), "layer_types", None) or []
+    if any(not kind.endswith("attention") or kind == "linear_attention" for kind in kinds):
+        return True
+    names = " ".join(type(module).__name__.lower() for module in base.modules())
+    return any(word in names for word in ("conv1d", "mamba", "rwkv", "recurrent", "delta", "lstm", "shortconv"))
 
 
 def _distance(a: Any, b: Any) -> float:

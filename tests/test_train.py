@@ -1,0 +1,439 @@
+"""Training: which labels at which state, the same loss and gradient for both packings, and the script as it is used.
+
+Models are tiny and random, but everything else is real: templates, tokenizers, LoRA, NF4, processes.
+"""
+
+import importlib
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common import chat, prefix_tree, training
+from common.errors import InputError
+from common.prefix_tree import Sample
+from tests import tiny
+
+train = importlib.import_module("03_train")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# ---------------------------------------------------------------- data
+
+
+def trajectory(name="toy-1", attempt=0, turns=3, seed=0, kwargs=None, think=False):
+    rng = random.Random(seed)
+    words = ["total", "price", "cart", "items", "queue"]
+    messages = [{"role": "system", "content": "Fix the bug."}, {"role": "user", "content": f"{name}: wrong total"}]
+    for turn in range(turns):
+        thought = f"<think>\n{rng.choice(words)}\n</think>\n\n" if think else ""
+        said = f"{thought}Look at {rng.choice(words)}.\n```bash\ncat {rng.choice(words)}.py\n```"
+        actor = rng.choice(["student", "teacher"])
+        messages.append({"role": "assistant", "content": said, "turn": turn, "actor": actor, "command": "cat x",
+                         "finish_reason": "stop", "tokens": {}, "seconds": 0.1, "logprob": None})
+        messages.append({"role": "user", "content": f"exit 0\n{rng.choice(words)} = {rng.random():.3f}", "exit_code": 0})
+    extra = {"chat_template_kwargs": kwargs} if kwargs else {}
+    return {"schema": 1, "trajectory_id": f"{name}.i1.a{attempt}", "instance_id": name, "base_commit": "c", "iteration": 1,
+            "attempt": attempt, "seed": 0, "mix": "turn", "beta": 0.5, "student": {"extra": extra}, "teacher": {},
+            "prompt": "toy-1", "limits": {}, "messages": messages, "exit_status": "turn_limit", "patch": "",
+            "started": 0, "finished": 1}  # fmt: skip
+
+
+def label(of, turn, text=None, valid=True):
+    """The teacher's label: what was executed where the teacher acted, something else where the student did."""
+    said = [m for m in of["messages"] if m["role"] == "assistant"][turn] if text is None else None
+    if said is not None:
+        text = said["content"] if said["actor"] == "teacher" else f"Better.\n```bash\nls {turn}\n```"
+    return {"schema": 1, "trajectory_id": of["trajectory_id"], "instance_id": of["instance_id"], "iteration": 1,
+            "turn": turn, "label": text, "valid": valid, "reason": None if valid else "no command", "source": "queried",
+            "teacher": {}, "tokens": {}, "seconds": 0.1, "agrees": None}  # fmt: skip
+
+
+def write(directory, trajectories, labels):
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, records in (("trajectories", trajectories), ("labels", labels)):
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(directory)
+
+
+def iteration(directory, n=6, turns=3, **options):
+    trajectories = [trajectory(f"toy-{i // 2}", i % 2, turns, seed=i, **options) for i in range(n)]
+    return write(directory, trajectories, [label(t, turn) for t in trajectories for turn in range(turns)])
+
+
+def test_labels_stand_at_the_state_before_their_turn(tmp_path):
+    """An off-by-one here trains on the observation that the label is supposed to ask for."""
+    one = trajectory(turns=3)
+    directory = write(tmp_path, [one], [label(one, 2), label(one, 0), label(one, 1, valid=False)])
+    (found,) = train.read_labels([directory])
+    tokenizer = tiny.tokenizer("chatml")
+    samples, too_long = train.make_samples(found, tokenizer, {}, 4096)
+    assert too_long == 0 and [s.name[-2] for s in samples] == ["0", "2"]  # the invalid label is not trained on
+    for sample, turn in zip(samples, (0, 2)):
+        state = one["messages"][: 2 + 2 * turn]
+        assert state[-1]["role"] == "user"
+        assert sample.ids[: sample.n_prompt].tolist() == chat.render(tokenizer, state)
+        assert tokenizer.decode(sample.ids[sample.n_prompt : -1]) == label(one, turn)["label"]
+
+
+def test_prompts_are_rendered_as_for_acting(tmp_path):
+    directory = iteration(tmp_path / "a", kwargs={"enable_thinking": False})
+    found = train.read_labels([directory])
+    kwargs = train.template_kwargs(found)
+    assert kwargs == {"enable_thinking": False}
+    tokenizer = tiny.tokenizer("qwen3")
+    (sample, *_), _ = train.make_samples(found[0], tokenizer, kwargs, 4096)
+    assert tokenizer.decode(sample.ids[: sample.n_prompt]).endswith("<think>\n\n</think>\n\n")
+    other = iteration(tmp_path / "b", kwargs={"enable_thinking": True})
+    with pytest.raises(InputError, match="different chat template arguments"):
+        train.template_kwargs(train.read_labels([directory, other]))
+
+
+def test_a_label_beyond_the_context_is_left_out_whole(tmp_path):
+    (found,) = train.read_labels([write(tmp_path, [t := trajectory(turns=3)], [label(t, turn) for turn in range(3)])])
+    tokenizer = tiny.tokenizer("chatml")
+    whole, _ = train.make_samples(found, tokenizer, {}, 4096)
+    kept, too_long = train.make_samples(found, tokenizer, {}, len(whole[1].ids))
+    assert too_long == 1
+    assert [s.ids.tolist() for s in kept] == [s.ids.tolist() for s in whole[:2]]
+
+
+def test_steps_depend_on_the_seed_alone():
+    steps = train.plan(10, 4, 2, None, seed=3)
+    assert steps == train.plan(10, 4, 2, None, seed=3) != train.plan(10, 4, 2, None, seed=4)
+    assert [epoch for epoch, _ in steps] == [1, 1, 1, 2, 2, 2]
+    for epoch in (1, 2):
+        assert sorted(i for e, chosen in steps for i in chosen if e == epoch) == list(range(10))
+    assert train.plan(10, 4, 2, 5, seed=3) == steps[:5]
+
+
+def test_learning_rate_rises_then_falls_to_nothing():
+    rates = [train.learning_rate(step, 20, 0.2) for step in range(20)]
+    assert rates[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
+    assert all(a > b > 0 for a, b in zip(rates[4:], rates[5:]))
+    assert train.learning_rate(0, 1, 0.05) == 1.0
+
+
+# ---------------------------------------------------------------- both packings, the same gradient
+
+
+def lora_model(path, seed=0):
+    """A frozen base with LoRA whose B is not zero, so that both halves have a gradient."""
+    base = training.load_base(path, "none", tree=True)
+    model = training.add_lora(base, path, None, 4, 8, seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.05)
+    training.checkpointing(model, "none")
+    return model
+
+
+def loss_and_gradient(model, batches):
+    model.zero_grad()
+    nll = sum(train.accumulate(model.get_base_model(), batch) for batch in batches)
+    return nll, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def reference(model, samples, weights):
+    """Straight from the definition: every sample through the whole model, all logits, autograd."""
+    model.zero_grad()
+    total = 0.0
+    for sample, weight in zip(samples, weights):
+        logits = model(input_ids=torch.tensor(sample.ids[None, :], dtype=torch.long)).logits[0]
+        targets = torch.tensor(sample.ids[sample.n_prompt :], dtype=torch.long)
+        loss = torch.nn.functional.cross_entropy(logits[sample.n_prompt - 1 : -1], targets, reduction="sum")
+        (weight * loss).backward()
+        total += loss.item()
+    return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def assert_equal(model, samples, loss_norm="token", layouts=((4096, 0.0),)):
+    """Loss and gradient of every layout (rows in a batch, cost of attention) are those of the definition."""
+    weights = train.token_weights(samples, loss_norm)
+    nll, gradient = reference(model, samples, weights)
+    assert gradient.norm() > 0
+    for max_rows, attention in layouts:
+        for batches in (prefix_tree.pack_tree(samples, weights, max_rows, attention),
+                        prefix_tree.pack_per_turn(samples, weights, max_rows)):
+            nll_packed, gradient_packed = loss_and_gradient(model, batches)
+            assert abs(nll_packed - nll) <= 1e-5 * nll
+            assert (gradient_packed - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def model(request, tmp_path_factory):
+    return lora_model(tiny.model_dir(tmp_path_factory.mktemp("model"), request.param, "chatml"))
+
+
+@pytest.mark.parametrize("template, kwargs, think, loss_norm", [
+    ("chatml", {}, False, "token"),
+    ("chatml", {}, False, "label"),
+    ("llama3", {}, False, "token"),  # strips contents, so that history differs from what was generated
+    ("qwen3", {}, True, "token"),  # drops old reasoning
+    ("qwen3", {"enable_thinking": False}, False, "label"),  # a think block in the generation prompt, none in history
+    ("tools", {}, False, "token"),
+], ids=["chatml", "label", "llama3", "qwen3-drops-thoughts", "qwen3-empty-think", "tools"])
+def test_both_packings_give_the_gradient_of_the_definition(model, tmp_path, template, kwargs, think, loss_norm):
+    tokenizer = tiny.tokenizer(template)
+    found = train.read_labels([iteration(tmp_path, n=3, turns=3, think=think)])
+    samples = [s for t in found for s in train.make_samples(t, tokenizer, kwargs, 4096)[0]]
+    distinct = prefix_tree.distinct_tokens(samples)
+    assert distinct < 0.7 * sum(len(s.ids) for s in samples)  # something is shared, whatever the template does
+    several = 2 * max(len(s.ids) for s in samples)
+    assert_equal(model, samples, loss_norm, layouts=[(4096, 0.0), (several, 0.0), (4096, 0.05)])
+
+
+def sample(prompt, answer, name="s"):
+    return Sample(name, np.array([*prompt, *answer], np.int32), len(prompt))
+
+
+@pytest.mark.parametrize("samples", [
+    [sample([5], [6])],
+    [sample([5, 6, 7], [8]), sample([5, 6, 7], [8])],
+    [sample([5, 6], [7, 8, 9]), sample([5, 6], [7, 8, 10])],
+    [sample([5, 6], [7]), sample([5, 11], [12])],
+    [sample([5, 6], [7]), sample([8, 9], [7])],
+    [sample([5, 6], [7]), sample([5, 6, 7], [8]), sample([5, 6, 7, 8], [9])],
+], ids=["single-token", "duplicates", "last-token", "one-token-overlap", "apart", "executed"])
+def test_corner_cases_have_the_same_gradient(model, samples):
+    assert_equal(model, samples)
+
+
+def test_random_samples_have_the_same_gradient(model):
+    """Ten forests of up to twelve samples over a small alphabet, so that they branch and overlap anywhere."""
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        pool = [rng.integers(3, 6, rng.integers(1, 12)) for _ in range(4)]
+        samples = []
+        for _ in range(rng.integers(1, 13)):
+            prompt = np.concatenate([pool[rng.integers(4)], pool[rng.integers(4)]])[: rng.integers(1, 20)]
+            samples.append(sample(prompt, rng.integers(3, 6, rng.integers(1, 6))))
+        assert_equal(model, samples, layouts=[(int(rng.integers(25, 200)), float(rng.random() * 0.1))])
+
+
+@pytest.mark.parametrize("how", ["on", "offload"])
+def test_gradient_checkpointing_changes_nothing(tmp_path, how):
+    path = tiny.model_dir(tmp_path, "llama", "chatml")
+    samples = [sample([5, 6, 7], [8, 9]), sample([5, 6, 7, 10], [11, 12])]
+    batches = prefix_tree.pack_tree(samples, [0.25, 0.25], 100)
+    nll, gradient = loss_and_gradient(lora_model(path), batches)
+    model = lora_model(path)
+    training.checkpointing(model, how)
+    model.zero_grad()
+    again = sum(train.accumulate(model.get_base_model(), batch, offload=how == "offload") for batch in batches)
+    assert again == pytest.approx(nll, rel=1e-6)
+    other = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    assert (other - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+def test_logits_come_in_chunks(model, monkeypatch):
+    """No more logits at once than a chunk: memory does not grow with labels times vocabulary."""
+    samples = [sample([5, 6], list(range(7, 107)))]
+    expected = loss_and_gradient(model, prefix_tree.pack_tree(samples, [0.01], 200))
+    seen = []
+    head = model.get_base_model().get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, args, out: seen.append(out.shape[0]))
+    monkeypatch.setattr(train, "LOGITS", 30 * head.weight.shape[0])
+    found = loss_and_gradient(model, prefix_tree.pack_tree(samples, [0.01], 200))
+    hook.remove()
+    assert seen == [30, 30, 30, 10]
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    assert (found[1] - expected[1]).norm() <= 1e-5 * expected[1].norm()
+
+
+def test_probe_lets_ordinary_models_pass(model):
+    training.probe(model.get_base_model(), True, 4096)
+
+
+def test_recurrent_models_are_sent_to_per_turn():
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Mamba2Config(vocab_size=99, hidden_size=32, num_hidden_layers=2, state_size=8, num_heads=4, head_dim=16,
+                          n_groups=1, expand=2)
+    base = Mamba2ForCausalLM(config)
+    training.probe(base, False, 100)
+    with pytest.raises(InputError, match="--packing per-turn"):
+        training.probe(base, True, 100)
+
+
+def test_sliding_windows_shorter_than_a_sample_are_refused():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                           num_attention_heads=2, num_key_value_heads=1, sliding_window=50, attn_implementation="sdpa")
+    base = MistralForCausalLM(config)
+    training.probe(base, True, 50)
+    training.probe(base, False, 51)
+    with pytest.raises(InputError, match="sliding-window attention over 50 tokens and a sample has 51.*per-turn"):
+        training.probe(base, True, 51)
+
+
+def test_logits_changed_after_the_head_are_refused():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=1, head_dim=16,
+                          num_attention_heads=2, num_key_value_heads=1, final_logit_softcapping=0.1,
+                          attn_implementation="sdpa")
+    with pytest.raises(InputError, match="gemma2 .*changes its logits"):
+        training.probe(Gemma2ForCausalLM(config), False, 50)
+
+
+# ---------------------------------------------------------------- the script
+
+
+def script(*args, code=0):
+    done = subprocess.run([sys.executable, ROOT / "03_train.py", *map(str, args)], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def summary(done):
+    line = done.stdout.strip().splitlines()[-1]
+    assert line.startswith("summary ")
+    return dict(word.split("=", 1) for word in line.split()[1:])
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("train")
+    iteration(home / "iter_001")
+    tiny.model_dir(home, "llama", "chatml")
+    (home / "tiny-llama-chatml-2x64-0").rename(home / "base")
+    return home
+
+
+def test_train_then_load_then_go_on(home):
+    """The adapter is a plain PEFT one; training lowers the loss; both packings end in the same weights."""
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    data, base, out = home / "iter_001", home / "base", home / "tree"
+    common = ("--data", data, "--model", base, "--epochs", 6, "--lr", "5e-3", "--batch-size", 2)
+    done = script(*common, "--out", out)
+    found = summary(done)
+    assert found["labels"] == "18" and found["steps"] == "18"
+    log = [json.loads(line) for line in (out / "training_log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == list(range(1, 19))
+    assert {"step", "epoch", "loss", "lr", "grad_norm", "label_tokens", "rows", "seconds"} <= log[0].keys()
+    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
+    last = [line for line in log if line["epoch"] == 6]
+    mean = sum(line["loss"] * line["label_tokens"] for line in last) / sum(line["label_tokens"] for line in last)
+    assert float(found["loss"]) == pytest.approx(mean, rel=1e-6)
+    assert int(found["tokens_computed"]) == sum(line["rows"] for line in log)
+    assert ">>>" in done.stderr  # the example that is printed first
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    assert json.loads((out / "manifest.json").read_text())["summary"]["labels"] == 18
+    assert sorted(p.name for p in out.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "log", "manifest.json", "training_log.jsonl"]
+    assert not list(home.glob("*.tmp"))
+
+    per_turn = script(*common, "--out", home / "per-turn", "--packing", "per-turn")
+    assert float(summary(per_turn)["loss"]) == pytest.approx(float(found["loss"]), rel=1e-3)
+    assert summary(per_turn)["tokens_distinct"] == found["tokens_distinct"]
+    assert int(summary(per_turn)["tokens_computed"]) > 1.5 * int(found["tokens_computed"])
+    a, b = (load_file(home / name / "adapter_model.safetensors") for name in ("tree", "per-turn"))
+    distance = sum((a[key] - b[key]).square().sum() for key in a).sqrt()
+    assert distance < 1e-2 * sum(a[key].square().sum() for key in a).sqrt()
+
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out)
+    (first, *_) = train.read_labels([str(data)])
+    samples, _ = train.make_samples(first, training.load_tokenizer(str(base)), {}, 4096)
+    tuned = reference_loss(loaded, samples)
+    with loaded.disable_adapter():
+        assert tuned < 0.7 * reference_loss(loaded, samples)
+
+    again = script(*common, "--out", out)  # finished: says so, prints the same summary, touches nothing
+    assert "finished" in again.stderr and summary(again) == found
+
+    dry = script("--data", data, "--model", base, "--init-adapter", out, "--dry-run", "--out", home / "dry")
+    assert not (home / "dry").exists() and summary(dry)["steps"] == "0"
+    assert float(summary(dry)["loss"]) < 0.7 * log[0]["loss"]  # it starts where the first ended
+    on = script("--data", data, "--model", base, "--init-adapter", out, "--out", home / "on", "--max-steps", 1)
+    assert summary(on)["steps"] == "1"
+
+
+def reference_loss(model, samples):
+    total = 0.0
+    for s in samples:
+        logits = model(input_ids=torch.tensor(s.ids[None, :], dtype=torch.long)).logits[0, s.n_prompt - 1 : -1]
+        targets = torch.tensor(s.ids[s.n_prompt :], dtype=torch.long)
+        total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+    return total
+
+
+def test_same_seed_same_adapter(home):
+    common = ("--data", home / "iter_001", "--model", home / "base", "--max-steps", 2)
+    for name in ("a", "b"):
+        script(*common, "--out", home / name)
+    script(*common, "--out", home / "c", "--seed", 1)
+    read = lambda name: (home / name / "adapter_model.safetensors").read_bytes()  # noqa: E731
+    assert read("a") == read("b") != read("c")
+    assert (home / "a" / "adapter_config.json").read_text() == (home / "b" / "adapter_config.json").read_text()
+
+
+def test_nf4_trains_on_cpu(home):
+    done = script("--data", home / "iter_001", "--model", home / "base", "--quant", "nf4", "--epochs", 4, "--lr", "5e-3",
+                  "--out", home / "nf4")  # fmt: skip
+    log = [json.loads(line) for line in (home / "nf4" / "training_log.jsonl").read_text().splitlines()]
+    assert summary(done)["quant"] == "nf4"
+    assert log[-1]["loss"] < 0.9 * log[0]["loss"]
+    assert (home / "nf4" / "adapter_model.safetensors").exists()
+
+
+def test_other_settings_for_the_same_output_are_refused(home):
+    common = ("--data", home / "iter_001", "--model", home / "base", "--max-steps", 1, "--out", home / "same")
+    script(*common)
+    assert "lr" in script(*common, "--lr", "0.1", code=2).stderr
+    script(*common, "--lr", "0.1", "--overwrite")
+
+
+def bad(tmp_path, home, *args, labels=None, trajectories=None, model=None):
+    one = trajectory()
+    write(tmp_path / "data", trajectories or [one], [label(one, 0)] if labels is None else labels)
+    done = script("--data", tmp_path / "data", "--model", model or home / "base", "--out", tmp_path / "out", *args, code=2)
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    return done.stderr
+
+
+def test_bad_labels(tmp_path, home):
+    one, other = trajectory(), trajectory("toy-9")
+    assert "labels.jsonl:2: label of toy-9.i1.a0, turn 1" in bad(tmp_path, home, labels=[label(one, 0), label(other, 1)])
+    assert "turn 3: the trajectory has 3 turns" in bad(tmp_path, home, labels=[label(one, 3, "x")])
+    assert "labelled twice" in bad(tmp_path, home, labels=[label(one, 0), label(one, 0)])
+    assert "no valid label" in bad(tmp_path, home, labels=[label(one, 0, valid=False)])
+    assert "no valid label" in bad(tmp_path, home, labels=[])
+    assert "labels.jsonl:1" in bad(tmp_path, home, labels=[{"turn": 1}])
+
+
+def test_bad_settings(tmp_path, home):
+    assert "--batch-size 0" in bad(tmp_path, home, "--batch-size", 0)
+    assert "--warmup 1.0" in bad(tmp_path, home, "--warmup", 1)
+    assert "every label is longer than --max-context 10" in bad(tmp_path, home, "--max-context", 10)
+    assert "toy-1.i1.a0, turn 0, has" in bad(tmp_path, home, "--tokens-per-batch", 20)
+    assert "nowhere" in bad(tmp_path, home, "--data", tmp_path / "nowhere")
+    assert "--init-adapter" in bad(tmp_path, home, "--init-adapter", tmp_path / "none")
+    assert "no/such/model" in bad(tmp_path, home, model=tmp_path / "no/such/model")
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path, home):
+    script("--data", home / "iter_001", "--model", home / "base", "--max-steps", 1, "--out", home / "fits")
+    other = tiny.model_dir(tmp_path, "llama", "chatml", hidden=32)
+    assert "base" in bad(tmp_path, home, "--init-adapter", home / "fits", model=other)
+    config = home / "fits" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(home / "base"), other))  # lies about its base: shapes tell
+    assert "does not fit" in bad(tmp_path, home, "--init-adapter", home / "fits", model=other)
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path, home):
+    base = tiny.model_dir(tmp_path, "llama", "chatml")
+    (Path(base) / "chat_template.jinja").unlink()
+    assert "no chat template" in bad(tmp_path, home, model=base)
