@@ -77,6 +77,14 @@ def check_adapter(adapter: str, base: str) -> None:
         raise InputError(f"{adapter}: the adapter was made for {made_for}, not for {base}; give it its own base model")
 
 
+def trained_on(adapter: str | None) -> str:
+    """nf4 or none: the quantisation of the base that 03_train.py trained `adapter` on, as its manifest says."""
+    try:
+        return json.loads((Path(adapter) / "manifest.json").read_text())["summary"]["quant"] if adapter else "none"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "none"  # an adapter from elsewhere: quant= says it
+
+
 def load_tokenizer(model: str):
     """(tokenizer, the most tokens the model was made for or None) of a directory or hub id; InputError without one."""
     from transformers import AutoConfig, AutoTokenizer

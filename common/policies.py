@@ -170,7 +170,8 @@ class HfPolicy(_Plain):
 
         self.model, *options = re.split(r",(?=[a-z_]+=)", rest)
         given = dict(option.split("=", 1) for option in options)
-        self.adapter, self.quant = given.pop("adapter", None), given.pop("quant", "none")
+        self.adapter = given.pop("adapter", None)
+        self.quant = given.pop("quant", None) or hf_engine.trained_on(self.adapter)
         if given or not self.model:
             raise InputError(f"hf:{rest}: wanted hf:MODEL[,adapter=DIR][,quant=nf4|none]")
         if self.quant not in ("nf4", "none"):
