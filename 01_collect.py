@@ -15,7 +15,6 @@ policies: hf:MODEL[,adapter=DIR][,quant=nf4|none]   openai:MODEL@URL   oracle (t
 Stop it at any moment: the same command goes on. Another setting for the same file is refused and named.
 """
 
-import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,8 +48,6 @@ class Args(AgentFlags):
     """take the first N tasks"""
     exclude_tasks: list[str] | None = None
     """task specs that are never collected on (evaluation tasks)"""
-    sandbox: Literal["auto", "local"] = "auto"
-    """where commands run: local is bubblewrap, for tasks with `local`"""
     temperature: float = 0.7
     """sampling temperature of both policies; 0 is greedy"""
     top_p: float = 0.9
@@ -82,7 +79,7 @@ def beta_of(args: Args) -> float:
 
 def work(args: Args) -> None:
     from common import agent, jsonl, policies, prompts, sandbox, stage_tools, tasks
-    from common.errors import InfraError, InputError
+    from common.errors import InputError
 
     stage_tools.check_counts(args, "iteration", "attempts", "workers", "max_turns")
     if args.beta is not None and args.schedule is not None:
@@ -131,7 +128,7 @@ def work(args: Args) -> None:
     def collect(job: tuple[str, int]) -> list[dict]:
         """One trajectory."""
         instance_id, attempt = job
-        row, started = by_id[instance_id], time.time()
+        row = by_id[instance_id]
         place = (args.seed, args.iteration, instance_id, attempt)
         episode = "/".join(map(str, place))
 
@@ -143,11 +140,7 @@ def work(args: Args) -> None:
                 attempt=attempt)  # fmt: skip
             return who, answer
 
-        record = {
-            "schema": schema.VERSION,
-            "trajectory_id": f"{instance_id}.i{args.iteration}.a{attempt}",
-            "instance_id": instance_id,
-            "base_commit": row["base_commit"],
+        head = {
             "iteration": args.iteration,
             "attempt": attempt,
             "seed": args.seed,
@@ -155,26 +148,17 @@ def work(args: Args) -> None:
             "beta": beta,
             "student": same["student"],
             "teacher": same["teacher"],
-            "prompt": prompts.version(row),
-            "limits": args.limits(),
         }
         if show:
-            show.title(f"{record['trajectory_id']}   beta {beta:g}")
+            show.title(f"{instance_id}   iteration {args.iteration}   beta {beta:g}")
         try:
-            with sandbox.open_sandbox(row, args.sandbox, args.command_timeout) as box:
-                record |= agent.rollout(row, box, ask, args, show or (lambda message: None))
-        except InfraError as error:
-            error.record = record | getattr(error, "record", {"messages": [], "exit_status": "infra_error", "patch": ""})
-            raise
+            record = agent.trajectory(row, head, ask, args, count, show or (lambda message: None))
         finally:
             for who in policy:
                 policy[who].forget(episode)
-        for message in record["messages"]:
-            if message["role"] == "assistant" and message["tokens"]["out"] is None:
-                message["tokens"]["out"] = count(message["content"])
         if show:
             stage_tools.show_result(show, row, record)
-        return [record | {"started": started, "finished": time.time()}]
+        return [record]
 
     jobs = [(row["instance_id"], attempt) for row in rows for attempt in range(args.attempts)]
     todo = [job for job in jobs if job not in output]

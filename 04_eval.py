@@ -36,8 +36,6 @@ class Args(AgentFlags):
     """grade the patches of these trajectories instead"""
     grader: Literal["auto", "local"] = "auto"
     """who grades: local runs the tests here, in the sandbox"""
-    sandbox: Literal["auto", "local"] = "auto"
-    """where commands run: local is bubblewrap, for tasks with `local`"""
     iteration: int = 0
     """DAgger iteration of the student; recorded"""
     limit: int | None = None
@@ -129,8 +127,7 @@ def work(args: Args) -> None:
 
 def roll_out(args: Args, stage, rollouts, student, rows: dict[str, dict]) -> None:
     """The student alone on every task, into trajectories.jsonl."""
-    from common import agent, prompts, sandbox, stage_tools
-    from common.errors import InfraError
+    from common import agent, stage_tools
 
     rollouts.open()
     count = stage_tools.token_counter(student)
@@ -138,7 +135,7 @@ def roll_out(args: Args, stage, rollouts, student, rows: dict[str, dict]) -> Non
 
     def collect(job: tuple[str]) -> list[dict]:
         (instance_id,) = job
-        row, started = rows[instance_id], time.time()
+        row = rows[instance_id]
         place = (args.seed, args.iteration, instance_id, 0)
         episode = "/".join(map(str, place))
 
@@ -146,11 +143,7 @@ def roll_out(args: Args, stage, rollouts, student, rows: dict[str, dict]) -> Non
             seed = mixing.derive("sample", *place, turn, "student", "act")
             return "student", student.act(row, chat, seed=seed, episode=episode, turn=turn, attempt=0)
 
-        record = {
-            "schema": schema.VERSION,
-            "trajectory_id": f"{instance_id}.i{args.iteration}.a0",
-            "instance_id": instance_id,
-            "base_commit": row["base_commit"],
+        head = {
             "iteration": args.iteration,
             "attempt": 0,
             "seed": args.seed,
@@ -158,21 +151,11 @@ def roll_out(args: Args, stage, rollouts, student, rows: dict[str, dict]) -> Non
             "beta": 0.0,
             "student": described,
             "teacher": None,
-            "prompt": prompts.version(row),
-            "limits": args.limits(),
         }
         try:
-            with sandbox.open_sandbox(row, args.sandbox, args.command_timeout) as box:
-                record |= agent.rollout(row, box, ask, args)
-        except InfraError as error:
-            error.record = record | getattr(error, "record", {"messages": [], "exit_status": "infra_error", "patch": ""})
-            raise
+            return [agent.trajectory(row, head, ask, args, count)]
         finally:
             student.forget(episode)
-        for message in record["messages"]:
-            if message["role"] == "assistant" and message["tokens"]["out"] is None:
-                message["tokens"]["out"] = count(message["content"])
-        return [record | {"started": started, "finished": time.time()}]
 
     def postfix(record: dict) -> dict:
         turns = [m for m in record["messages"] if m["role"] == "assistant"]

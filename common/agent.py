@@ -9,9 +9,9 @@ import sys
 import textwrap
 import time
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, Literal
 
-from common import actions, prompts
+from common import actions, prompts, sandbox, schema
 from common.chat import harmless
 from common.errors import InfraError
 
@@ -34,6 +34,8 @@ class AgentFlags:
     """seconds after which a trajectory ends as time_limit"""
     command_timeout: float = 20.0
     """seconds that one command may take"""
+    sandbox: Literal["auto", "local"] = "auto"
+    """where commands run: local is bubblewrap, for tasks with `local`"""
 
     def limits(self) -> dict:
         """What of these makes it the same work (run.Stage)."""
@@ -43,12 +45,12 @@ class AgentFlags:
 
 def rollout(
     row: dict,
-    sandbox,
+    box,
     ask: Callable[[int, list[dict]], tuple],
     flags: AgentFlags,
     watch: Callable[[dict], None] = lambda message: None,
 ) -> dict:
-    """Run one episode. `ask(turn, chat)` returns (actor, policies.Answer); `watch` sees each message as it is stored.
+    """Run one episode in the started sandbox `box`. `ask(turn, chat)` returns (actor, policies.Answer); `watch` sees each message as it is stored.
 
     Returns {"messages", "exit_status", "patch"}. The patch is the difference of the tree to base_commit however the
     episode ended. Raises InfraError, with what there was in its attribute `record`, where engine or service failed.
@@ -92,7 +94,7 @@ def rollout(
                 break
             without_command = 0 if command else without_command + 1
             if command:
-                result = sandbox.run(command)
+                result = box.run(command)
                 store(
                     {
                         "role": "user",
@@ -122,10 +124,44 @@ def rollout(
             if time.monotonic() - started >= flags.time_limit:
                 status = "time_limit"
                 break
-        return {"messages": messages, "exit_status": status, "patch": sandbox.diff()}
+        return {"messages": messages, "exit_status": status, "patch": box.diff()}
     except InfraError as error:
         error.record = {"messages": messages, "exit_status": "infra_error", "patch": "", "error": str(error)}
         raise
+
+
+def trajectory(
+    row: dict,
+    head: dict,
+    ask: Callable[[int, list[dict]], tuple],
+    flags: AgentFlags,
+    count: Callable[[str], int],
+    watch: Callable[[dict], None] = lambda message: None,
+) -> dict:
+    """One record of a trajectories file: `head` (who, where, which seed), then an episode in a sandbox of its own.
+
+    `count` gives the tokens of turns whose policy has no tokenizer. Raises InfraError as `rollout` does, with the record.
+    """
+    started = time.time()
+    record = {
+        "schema": schema.VERSION,
+        "trajectory_id": f"{row['instance_id']}.i{head['iteration']}.a{head['attempt']}",
+        "instance_id": row["instance_id"],
+        "base_commit": row["base_commit"],
+        **head,
+        "prompt": prompts.version(row),
+        "limits": flags.limits(),
+    }
+    try:
+        with sandbox.open_sandbox(row, flags.sandbox, flags.command_timeout) as box:
+            record |= rollout(row, box, ask, flags, watch)
+    except InfraError as error:
+        error.record = record | getattr(error, "record", {"messages": [], "exit_status": "infra_error", "patch": ""})
+        raise
+    for message in record["messages"]:
+        if message["role"] == "assistant" and message["tokens"]["out"] is None:
+            message["tokens"]["out"] = count(message["content"])
+    return record | {"started": started, "finished": time.time()}
 
 
 class Show:
