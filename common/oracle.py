@@ -20,6 +20,8 @@ _READERS = set("cat grep egrep fgrep ls head tail wc pwd nl tree which true fals
 _GIT_READERS = {"status", "diff", "log", "show", "blame", "ls-files", "grep", "rev-parse", "add", "rev-list"}
 _ROOT = "$(git rev-list --max-parents=0 HEAD)"  # the commit that the task began with, whatever was committed since
 
+_STATUS_FROM_ROOT = f"git add -A && git diff --cached --name-status {_ROOT}"
+
 
 def act(row: dict, messages: list[dict]) -> str:
     """The next assistant turn: a short sentence and one command. Raises InputError for a row that is no toy task."""
@@ -80,7 +82,8 @@ def _observe(task: Task, scene: _Scene, command: str, code: int, output: str) ->
             _unknown(scene)  # which of them ran is not clear
             return
     for i, words in enumerate(pieces):
-        _step(task, scene, words, 0 if i + 1 < len(pieces) else code, output if len(pieces) == 1 else None)
+        alone = all(p[:2] == ["git", "add"] for p in pieces[:-1])  # which prints nothing
+        _step(task, scene, words, 0 if i + 1 < len(pieces) else code, output if alone else None)
 
 
 def _step(task: Task, scene: _Scene, words: list[str], code: int, output: str | None) -> None:
@@ -92,7 +95,7 @@ def _step(task: Task, scene: _Scene, words: list[str], code: int, output: str | 
             return
         if words[0] == "cat" and len(words) == 2 and code == 0:
             _viewed(scene, _clean(words[1]), output)
-        elif (words[:3] == ["git", "status", "--short"] or words[:3] == ["git", "diff", "--name-status"]) and code == 0:
+        elif (words[:3] == ["git", "status", "--short"] or words[:4] == ["git", "diff", "--cached", "--name-status"]) and code == 0:
             _status(task, scene, output)
         elif words[0] == "grep" and code == 1 and (name := re.fullmatch(r"def (\w+)\(", words[-1])):
             if name[1] in _named(task) and "r" in words[1] and len(words) == 3:
@@ -325,7 +328,7 @@ def _decide(task: Task, scene: _Scene) -> tuple[str, str]:
     if scene.mess:
         return "Too much has changed. Start again.", f"git reset -q --hard{root} && git clean -fdq"
     if scene.odd:
-        return "See what changed.", f"git diff --name-status{root}" if scene.moved else "git status --short"
+        return "See what changed.", _STATUS_FROM_ROOT if scene.moved else "git status --short"
     if scene.stray:
         return "That file was right. Undo.", f"git checkout {back} {scene.stray[0]}"
     wrong = _wrong(task, scene)
@@ -406,7 +409,7 @@ def _replace(scene: _Scene, edit: Edit, back: str) -> tuple[str, str]:
         old, new = line.strip(), edit.line.strip()
     if "'" in old or not old or text.count(old) != 1:
         return "The line is broken. Restore it.", f"git checkout {back} {edit.path}"
-    why = f"{old.removeprefix('return ')} should be {new.removeprefix('return ')}."
+    why = f"{old} should be {new}."
     return why, f"sed -i 's/{_escape(old)}/{new}/' {edit.path}"
 
 

@@ -332,7 +332,7 @@ def _make(rng: random.Random, split: str, index: int, family, kind: str) -> Task
         "PASS_TO_PASS": sorted(keep),
         "version": VERSION,
         "prompt": "toy",
-        "local": {"source": files, "env": {"COLUMNS": "120"}},  # so wide that no assertion is cut
+        "local": {"source": files, "env": {"COLUMNS": "160"}},  # so wide that no assertion is cut
         "split": split,
         "family": family.__name__,
         "unseen_family": unseen,

@@ -118,7 +118,6 @@ def test_the_same_for_everybody():
     root = Path(toy_tasks.__file__).parents[1]
     environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(root)}
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root)
-    toy_tasks.task.cache_clear()
     here = json.dumps(toy_tasks.load("dev")[:20], sort_keys=True)
     assert there.stdout.strip() == hashlib.sha256(here.encode()).hexdigest(), there.stderr
     assert toy_tasks.load("train", 5) == toy_tasks.load("train")[:5]
@@ -169,6 +168,19 @@ def test_the_issue_is_words_and_terse():
                 assert not re.search(r"[+<>=/*\[\]\"]|default|return", text), text
                 assert edit.site[1] not in text and edit.line.strip() not in text, text
             assert 4 <= len(text.split()) <= 40, text
+
+
+def test_no_assertion_is_cut():
+    """pytest cuts the line of a failing test at the width of the terminal; the fix would be in the part that is gone."""
+    for split in SPLITS:
+        for row in toy_tasks.load(split):
+            width = int(row["local"]["env"]["COLUMNS"])
+            for path, text in row["local"]["source"].items():
+                if path.startswith("tests/"):
+                    for name, body in re.findall(r"def (test_\w+)\(\):\n((?:    .*\n)+)", text):
+                        for message in re.findall(r", '(.*)'$", body, flags=re.M):
+                            line = f"FAILED {path}::{name} - AssertionError: {message}"
+                            assert len(line) < width, line
 
 
 def test_rows_are_swe_bench_rows():
