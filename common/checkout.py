@@ -83,15 +83,16 @@ class Checkout:
         if old == new:
             return ""
         changed = sorted({p for p in old.keys() | new.keys() if old.get(p) != new.get(p)})
-        binary = [path for path in changed
-                  if not all(_is_text(self.blob(f[path][1])) for f in (old, new) if path in f and f[path][0] != "160000")]
+        binary = [path for path in changed if not all(
+            _is_text(self.blob(f[path][1])) for f in (old, new) if path in f and f[path][0] != "160000")]
         environment = {}
         if binary:  # a git directory with attributes of its own
             folder = self.folder / "compare"
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(self.template.git_dir, folder, ignore=lambda *_: ["objects", "index"])
             (folder / "objects").mkdir()
-            (folder / "info" / "attributes").write_text(ATTRIBUTES + "".join(f'"/{_pattern(p)}" -diff\n' for p in binary))
+            attributes = ATTRIBUTES + "".join(f'"/{_pattern(path)}" -diff\n' for path in binary)
+            (folder / "info" / "attributes").write_text(attributes)
             environment = {"GIT_DIR": str(folder)}
         trees = [self.put_tree({path: files[path] for path in changed if path in files}) for files in (old, new)]
         patch = self.template.git("-c", "diff.algorithm=myers", "-c", "core.quotePath=true", "diff-tree", "-r", "-p",
@@ -101,7 +102,7 @@ class Checkout:
         return patch.decode("utf-8")
 
     def apply(self, files: Files, patch: str) -> Files:
-        """The state after a patch. Raises PatchError; git refuses paths outside the tree, in .git or beyond symlinks."""
+        """The state after a patch. Raises PatchError: git refuses paths outside, in .git and beyond symlinks, too."""
         if not patch.strip():
             return dict(files)
         index = {"GIT_INDEX_FILE": str(self.folder / "apply")}
@@ -110,7 +111,7 @@ class Checkout:
         try:
             self.template.git("apply", "--cached", "--whitespace=nowarn", "-",
                               stdin=os.fsencode(patch), objects=self.objects, **index)
-        except InfraError as error:
+        except (InfraError, UnicodeEncodeError) as error:
             raise PatchError(str(error)) from None
         return {os.fsdecode(p): v for p, v in read_index(self.template, **index).items()}
 
@@ -167,7 +168,8 @@ class Checkout:
         return int(self.template.git("cat-file", "-s", name, objects=self.objects))
 
     def _fill_index(self, files: Files, index: dict[str, str]) -> None:
-        lines = b"".join(f"{mode} {blob}\t".encode() + os.fsencode(path) + b"\0" for path, (mode, blob) in files.items())
+        lines = b"".join(b"%s %s\t%s\0" % (mode.encode(), blob.encode(), os.fsencode(path))
+                         for path, (mode, blob) in files.items())
         self.template.git("update-index", "-z", "--index-info", stdin=lines, objects=self.objects, **index)
 
     def _ignored(self, paths: list[str]) -> list[str]:

@@ -1,13 +1,15 @@
 """Grades a patch of a task that has `local`, in a fresh sandbox.
 
-The rule is SWE-bench's: from a clean checkout with the patch, the test patch applied, every FAIL_TO_PASS and PASS_TO_PASS
-test must pass (an expected failure, XFAIL, counts, as in swebench; a skipped test does not, where swebench lets a skipped
-PASS_TO_PASS test count); a test that is missing has failed. What a patch does to its own examination is undone first:
+The rule is SWE-bench's: from a clean checkout with the patch, the test patch applied, every FAIL_TO_PASS and
+PASS_TO_PASS test must pass (an expected failure, XFAIL, counts, as in swebench; a skipped test does not, where swebench
+lets a skipped PASS_TO_PASS test count); a test that is missing has failed. What a patch does to its own examination is
+undone first:
 
-* every file that the test patch touches or that holds a listed test is what base_commit, gold patch and test patch make it;
-* so are the files that steer the tests: conftest.py, pytest.ini, pytest's part of tox.ini, setup.cfg and pyproject.toml,
-  sitecustomize.py, *.pth, compiled files, planted packages' metadata, a new module with the name of pytest or its parts,
-  and the files named in test_cmd. A result that needed this is marked tampered.
+* every file that the test patch touches or that holds a listed test is what base_commit, gold patch and test patch make
+  it;
+* so are the files that steer the tests: conftest.py, pytest.ini, pytest's part of tox.ini, setup.cfg and
+  pyproject.toml, sitecustomize.py, *.pth, compiled files, planted packages' metadata, a new module with the name of
+  pytest or its parts, and the files named in test_cmd. A result that needed this is marked tampered.
 
 Outcomes come from our own pytest plugin (common/pytest_report.py), signed, and not from printed text. A task with a
 log_parser is different: its outcomes are read from what the tests print, and a patched program can print results. Code
@@ -38,6 +40,7 @@ SECTIONS = {"pyproject.toml": "pytest", "setup.cfg": "tool:pytest", "tox.ini": "
 SHADOWS = {"pytest", "_pytest", "pluggy", "py", "iniconfig", "sitecustomize", "usercustomize"}
 PYTEST = re.compile(r"(?P<python>(?:^|(?<=[\s;&|(]))\S*python[\d.]*(?:\s+-[^\s]+)*?)\s+-m\s+(?:pytest|py\.test)(?=\s|$)"
                     r"|(?:^|(?<=[\s;&|(]))(?:\S*/)?(?:pytest|py\.test)(?=\s|$)")
+OUTSIDE = re.compile(r"^(---|\+\+\+|diff --git|rename|copy) (.*[\s/])?((\.\.|\.git)(/|\s|$)|/(?!dev/null))", re.M)
 KEPT_LOG = 200_000  # characters
 KEPT_REPORT = 64_000_000  # bytes
 
@@ -45,8 +48,8 @@ KEPT_REPORT = 64_000_000  # bytes
 def grade(row: dict, patch: str, *, timeout: float = 600.0) -> dict:
     """Grade one patch. timeout: seconds for the tests.
 
-    Returns resolved, tests_status (as SWE-bench's report has it), tampered, patch_applied and log. Raises InputError for
-    a row that cannot be graded (its own patches do not apply), InfraError if the sandbox breaks.
+    Returns resolved, tests_status (as SWE-bench's report has it), tampered, patch_applied and log. Raises InputError
+    for a row that cannot be graded (its own patches do not apply), InfraError if the sandbox breaks.
     """
     tests = {kind: test_list(row, kind) for kind in ("FAIL_TO_PASS", "PASS_TO_PASS")}
     with LocalSandbox(row, output_limit=KEPT_LOG) as sandbox:
@@ -101,9 +104,8 @@ def apply_patch(row: dict, checkout: Checkout, patch: str) -> Files:
     try:
         return checkout.apply(checkout.base, patch)
     except PatchError as error:
-        for line in patch.splitlines():
-            if re.match(r"(---|\+\+\+|diff --git|rename|copy) ", line) and re.search(r"(^|[\s/])(\.\.|\.git)(/|\s|$)| /(?!dev/null)", line):
-                raise
+        if OUTSIDE.search(patch):
+            raise
         with LocalSandbox(row) as other:
             path = other.folder / "tmp" / "tmp" / "agent.patch"
             path.write_bytes(os.fsencode(patch))
@@ -122,7 +124,8 @@ def apply_patch(row: dict, checkout: Checkout, patch: str) -> Files:
             return fuzzy
 
 
-def put_back(row: dict, checkout: Checkout, patched: Files, tested: Files, protected: set[str]) -> tuple[Files, list[str]]:
+def put_back(row: dict, checkout: Checkout, patched: Files, tested: Files,
+             protected: set[str]) -> tuple[Files, list[str]]:
     """(the files to test, the steering files that the patch had changed): see the module's docstring."""
     base, files, tampered = checkout.base, dict(patched), []
     command = row["local"].get("test_cmd") or DEFAULT_TEST_COMMAND
@@ -231,7 +234,8 @@ def run_tests(sandbox: LocalSandbox, tests: dict[str, list[str]], files: Files, 
     secret = secrets.token_hex(32)
     roots = ["", *(root + "/" for root in _python_path(sandbox.row, inside=True))]
     (report / "settings.json").write_text(json.dumps({
-        "secret": secret, "tests": names, "pythonpath": _entries(sandbox.row), "environment": sandbox.environment.get("PYTHONPATH"),
+        "secret": secret, "tests": names, "pythonpath": _entries(sandbox.row),
+        "environment": sandbox.environment.get("PYTHONPATH"),
         "tests_pytest": any(path.startswith(f"{root}_pytest/") for root in roots for path in files),
     }))
     if sandbox.uid is not None:
@@ -241,7 +245,8 @@ def run_tests(sandbox: LocalSandbox, tests: dict[str, list[str]], files: Files, 
     if others := _python_path(sandbox.row, inside=False):
         environment["PYTHONPATH"] = ":".join(others)
     result = sandbox.execute(
-        f"{command[:found.start()]}{launch}{command[found.end():]} {arguments}", timeout=timeout, environment=environment,
+        f"{command[:found.start()]}{launch}{command[found.end():]} {arguments}",
+        timeout=timeout, environment=environment,
         mounts=("--perms", "0755", "--dir", "/run", "--perms", "0755", "--dir", "/run/grading",
                 "--ro-bind", str(folder / "pytest_report.py"), "/run/grading/pytest_report.py",
                 "--bind", str(report), "/run/grading/report"))
@@ -258,41 +263,44 @@ def _entries(row: dict) -> list[str]:
 def _printed(result, timeout: float) -> list[str]:
     """What the tests printed, without the seconds they took, and how they ended."""
     text = re.sub(r"\b\d+\.\d+ ?s(econds)?\b(?: \(\d+:\d\d:\d\d\))?", "N s", result.output).rstrip()
-    return ([text] if text else []) + [f"killed after {timeout:g} s" if result.timed_out else f"exit {result.exit_code}"]
+    end = f"killed after {timeout:g} s" if result.timed_out else f"exit {result.exit_code}"
+    return [text, end] if text else [end]
 
 
 def _outcomes(path: Path, secret: str) -> dict[str, str]:
     """Read the signed report: the worst of what was said of each name."""
     seen: dict[str, dict[str, str]] = {}  # name -> phase -> outcome
-    failed = set()
     if path.is_symlink() or not path.is_file():
         return {}
     with open(path, "rb") as file:
         lines = file.read(KEPT_REPORT).split(b"\n")
-    last = 0
+    count = 0
     for line in lines:
         sign, _, text = line.partition(b" ")
         if not hmac.compare_digest(sign, hmac.new(secret.encode(), text, "sha256").hexdigest().encode()):
             continue
         number, record = json.loads(text)
-        if number <= last:  # a line written again by somebody else
+        if number != count + 1:  # a line is there twice, or one is gone
             continue
-        last = number
+        count = number
         for name in record["names"]:
-            if record["outcome"] == "failed":
-                failed.add((name, record["when"]))
-            seen.setdefault(name, {})[record["when"]] = record["outcome"]
-    outcomes = {}
-    for name, phases in seen.items():
-        if any(outcome == "failed" for outcome in phases.values()) or any(n == name for n, _ in failed):
-            outcomes[name] = "FAILED"
-        elif "xfailed" in phases.values():
-            outcomes[name] = "XFAIL"
-        elif phases.get("call") == "passed":
-            outcomes[name] = "PASSED"
-        else:
-            outcomes[name] = "XPASS" if "xpassed" in phases.values() else "SKIPPED"
-    return outcomes
+            phases = seen.setdefault(name, {})
+            if phases.get(record["when"]) != "failed":
+                phases[record["when"]] = record["outcome"]
+    return {name: _outcome(phases) for name, phases in seen.items()}
+
+
+def _outcome(phases: dict[str, str]) -> str:
+    """One word for a test's set-up, call and teardown."""
+    if "failed" in phases.values():
+        return "FAILED"
+    if "teardown" not in phases:
+        return "UNFINISHED"
+    if "xfailed" in phases.values():
+        return "XFAIL"
+    if "xpassed" in phases.values():
+        return "XPASS"
+    return "PASSED" if phases.get("call") == "passed" else "SKIPPED"
 
 
 def _run_printing(sandbox: LocalSandbox, parser: str, command: str, names: list[str], files: Files, touched: list[str],

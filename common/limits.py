@@ -199,7 +199,7 @@ def _proportional(pid: int) -> int:
 
 
 def _usage(folders: list[Path]) -> int:
-    """Bytes that these take on the disk, and half a kilobyte for each file. With du, which minds neither depth nor size."""
+    """Bytes that these take on the disk, and half a kilobyte for each file. By du, which minds no depth."""
     total = 0
     for options, unit in ((["-B1"], 1), (["--inodes"], 512)):
         done = subprocess.run(["du", "-s", *options, "--", *map(str, folders)], capture_output=True, text=True)

@@ -1,8 +1,8 @@
 """A task's repository at base_commit, made once per process and copied for each sandbox (common/checkout.py).
 
-`prepare(row)` builds a Template out of row["local"]["source"] (inline files, a directory, a tarball, or a git repository
-checked out at row["base_commit"]): a work tree whose .git holds one commit and nothing else, the same for everybody
-(author, date and branch are fixed), and a second, private git directory that never enters a sandbox.
+`prepare(row)` builds a Template out of row["local"]["source"] (inline files, a directory, a tarball, or a git
+repository checked out at row["base_commit"]): a work tree whose .git holds one commit and nothing else, the same for
+everybody (author, date and branch are fixed), and a second, private git directory that never enters a sandbox.
 
 Not done: submodules stay empty, Git LFS pointers stay pointers, file times are all the same fixed date.
 """
@@ -87,13 +87,14 @@ def prepare(row: dict, folder: Path) -> Template:
         building = _building.setdefault(key, threading.Lock())
     with building:
         with _lock:
-            template = _templates.get(key)
-        if template is None:
-            template = _build(row, folder / f"template-{hashlib.sha256(key.encode()).hexdigest()[:16]}")
+            if key in _templates:
+                _templates[key].users += 1
+                _templates.move_to_end(key)
+                return _templates[key]
+        template = _build(row, folder / f"template-{hashlib.sha256(key.encode()).hexdigest()[:16]}")
+        template.users = 1
         with _lock:
-            template.users += 1
             _templates[key] = template
-            _templates.move_to_end(key)
     return template
 
 
@@ -209,7 +210,7 @@ def _write_inline(tree: Path, source: dict, name: str) -> None:
 
 
 def _unpack(source: Path, folder: Path, name: str) -> Path:
-    """Unpack a tarball into a new folder; a single top-level directory is stripped. Raises InputError for a hostile one.
+    """Unpack a tarball into a new folder; a single top-level directory is stripped. A hostile one is an InputError.
 
     Files, directories and symlinks; the links are made last, so that nothing is written through one.
     """
@@ -257,14 +258,15 @@ def _commit(template: Template, add: list[str] | None) -> None:
     if add is None:
         template.git("update-index", "-q", "--refresh", **work)
     else:
-        # This threshold makes git write one pack, and not a file and a directory for each blob, which every copy pays for.
+        # Above this threshold git writes one pack, not a file and a directory for each blob, which every copy pays for.
         template.git("-c", "core.bigFileThreshold=1", "add", "-A", *add, ".", **work)
     tree = template.git("write-tree").decode().strip()
     template.commit = template.git("commit-tree", "-m", "base", tree).decode().strip()
     (template.git_dir / "refs/heads/main").write_text(template.commit + "\n")
     template.files = read_index(template)
     inner = template.tree / ".git"
-    shutil.copytree(template.git_dir, inner, ignore=lambda folder, _: ["info"] if folder == str(template.git_dir) else [])
+    shutil.copytree(template.git_dir, inner)
+    shutil.rmtree(inner / "info")
     os.utime(template.tree, (DATE, DATE))
 
 

@@ -11,16 +11,19 @@ namespace they live in; when this program dies, however, they die too.
 
 Limits (arguments of LocalSandbox), and who enforces them:
 * wall time: the caller's thread, by killing the namespace.
-* memory: per process the kernel (RLIMIT_DATA); for all processes of a command together a thread that looks at them
-  every 50 ms and kills them all. What belongs to no process (memfd and the like) cannot be had: common/seccomp.py.
+* memory: a thread that looks at all processes of a command every 50 ms and kills them together; for what is faster than
+  that the kernel (RLIMIT_DATA, four times as much, because threads reserve more than they use). What belongs to no
+  process (memfd and the like) cannot be had: common/seccomp.py.
 * processes and threads: RLIMIT_NPROC, which counts for the sandbox alone, because as root every sandbox has a user id
   of its own, and as another user it has a user namespace of its own (before Linux 5.14: the watching thread alone).
-* size of a file: RLIMIT_FSIZE, half of `disk`. All that is written to /testbed and /tmp: the watching thread, from the free space of the
-  disk and then by adding up (a burst of some 100 ms is seen too late, a longer one is not).
+* size of a file: RLIMIT_FSIZE, half of `disk`. What is written to /testbed and /tmp in all: the watching
+  thread, which adds it up when the disk's free space shrinks (a burst of some 100 ms is seen too late, a longer one
+  is not).
 * output: what is kept is bounded; a command that prints more than 64 MB is killed.
 
-Not a virtual machine: an attack on the kernel is out of scope, and so are CPU time and disk bandwidth, which are shared.
-Linux 5.3 or later only. Works as root and as any user, but not where user namespaces are off (for users) or inside most containers.
+Not a virtual machine: an attack on the kernel is out of scope, and CPU time and disk bandwidth are shared.
+Linux 5.3 or later only. Works as root and as any user, but not where user namespaces are off (for users) or inside most
+containers.
 """
 
 import atexit
@@ -108,7 +111,10 @@ class LocalSandbox:
             self.environment = {
                 "PATH": f"{bin_directory}:/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp/home", "LANG": "C.UTF-8",
                 "TERM": "dumb", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0",
-            } | {str(k): str(v) for k, v in (self.local.get("env") or {}).items()}
+            }
+            if not self.local.get("python"):  # our own environment's plugins are no part of the task, and slow to load
+                self.environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+            self.environment |= {str(k): str(v) for k, v in (self.local.get("env") or {}).items()}
             self.arguments = self._arguments(prefixes)
             tree = sum(status.st_size + 4096 for _, status in checkout.walk(self.checkout.tree))
             self.meter = DiskMeter([self.checkout.tree, self.folder / "tmp"], self.disk + 2 * tree)
@@ -202,8 +208,8 @@ class LocalSandbox:
             arguments += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
         for name in ("passwd", "group", "hosts", "nsswitch.conf"):
             arguments += ["--ro-bind", str(etc / name), f"/etc/{name}"]
-        arguments += ["--proc", "/proc", "--dev", "/dev", "--bind", str(tmp / "shm"), "/dev/shm", "--remount-ro", "/dev",
-                      "--bind", str(tmp / "tmp"), "/tmp"]
+        arguments += ["--proc", "/proc", "--dev", "/dev", "--bind", str(tmp / "shm"), "/dev/shm"]
+        arguments += ["--remount-ro", "/dev", "--bind", str(tmp / "tmp"), "/tmp"]
         for folder in _parents(prefixes):
             arguments += ["--perms", "0755", "--dir", folder]
         for prefix in prefixes:
@@ -241,7 +247,7 @@ class LocalSandbox:
 
     def _limits(self) -> list[str]:
         """The commands before bash that set its limits, and as root its user."""
-        limits = {"core": 0, "fsize": self.disk // 2, "data": self.memory, "nofile": 4096}
+        limits = {"core": 0, "fsize": self.disk // 2, "data": 4 * self.memory, "nofile": 4096}
         if self.uid is not None or _kernel() >= (5, 14):
             limits["nproc"] = self.processes
         argv = ["prlimit"]
@@ -312,7 +318,8 @@ def interpreter(python: str) -> tuple[list[str], str]:
     if not os.path.isabs(python):
         raise InputError(f"local.python must be an absolute path: {python}")
     try:
-        done = subprocess.run([python, "-s", "-E", "-c", script], capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run([python, "-s", "-E", "-c", script], capture_output=True, text=True, timeout=60,
+                              check=True)
     except (OSError, subprocess.SubprocessError) as error:
         raise InputError(f"the interpreter {python} (local.python) does not work: {error}") from None
     base, prefix, executable = done.stdout.splitlines()
@@ -327,10 +334,9 @@ def interpreter(python: str) -> tuple[list[str], str]:
     seen = ("/usr", "/bin", "/lib", "/lib64", "/sbin")
     kept = []
     for path in dict.fromkeys(prefixes):
-        if path in ("/", os.path.expanduser("~")):
-            if path != "/":
-                raise InputError(f"the interpreter {python} lives directly in a home directory: use a virtual environment")
-        elif not any(path == s or path.startswith(s + "/") for s in seen):
+        if path == os.path.expanduser("~"):
+            raise InputError(f"the interpreter {python} lives directly in a home directory: use a virtual environment")
+        if path != "/" and not any(path == s or path.startswith(s + "/") for s in seen):
             kept.append(path)
     return sorted(kept), os.path.dirname(python)
 

@@ -52,6 +52,7 @@ def patch_of(changes: dict[str, str | None], files=FILES) -> str:
 GOLD = patch_of({"calc.py": RIGHT})
 ROW = {"instance_id": "calc-1", "base_commit": "0" * 40, "patch": GOLD, "FAIL_TO_PASS": F2P, "PASS_TO_PASS": P2P,
        "test_patch": patch_of({"tests/test_calc.py": TESTS + NEW_TEST}), "local": {"source": FILES}}
+AUTOLOAD = ROW | {"local": {"source": FILES, "env": {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": ""}}}  # as with a task's own Python
 
 
 def outcome(result: dict) -> tuple:
@@ -61,15 +62,14 @@ def outcome(result: dict) -> tuple:
             result["tampered"])
 
 
-def gains_nothing(changes: dict[str, str | None], tampered: bool | None = None, wrong_failures=None) -> None:
+def gains_nothing(changes: dict[str, str | None], tampered: bool = False, row=ROW) -> None:
     """With these changes alone the task is unresolved. tampered: and with the fix besides it is resolved."""
-    result = grade(ROW, patch_of(changes))
+    result = grade(row, patch_of(changes))
     assert result["patch_applied"] and not result["resolved"], result["log"]
     assert len(result["tests_status"]["FAIL_TO_PASS"]["failure"]) == 3, result["log"]
-    if tampered is not None:
-        assert result["tampered"] == tampered, result["log"]
-        if tampered:
-            assert outcome(grade(ROW, patch_of({"calc.py": RIGHT} | changes))) == (True, 0, 0, True)
+    assert result["tampered"] == tampered, result["log"]
+    if tampered:
+        assert outcome(grade(row, patch_of({"calc.py": RIGHT} | changes))) == (True, 0, 0, True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,16 +254,14 @@ def test_the_rest_of_a_configuration_file_is_the_patchs_own():
     {"evil-1.dist-info/entry_points.txt": "[pytest11]\nevil = evil\n", "evil-1.dist-info/METADATA": "Name: evil\nVersion: 1\n", "evil.py": PASS_ALL},
 ], ids=lambda changes: next(iter(changes)))
 def test_planted_modules(changes):
-    gains_nothing(changes, tampered=True)
+    gains_nothing(changes, tampered=True, row=AUTOLOAD if "evil.py" in changes else ROW)
 
 
 def test_a_shadowed_standard_library_does_not_reach_the_reporter():
     """Modules of pytest's and of the reporter's own are loaded before the repository is on the path."""
     bad = "raise SystemExit(0)\n"
     changes = {"json.py": bad, "hmac.py": bad, "random.py": bad, "hypothesis.py": bad, "anyio/__init__.py": bad}
-    gains_nothing(changes)
-    result = grade(ROW, patch_of({"calc.py": RIGHT} | changes))
-    assert outcome(result)[:1] == (True,) or "SystemExit" in result["log"]
+    gains_nothing(changes, row=AUTOLOAD)
 
 
 def test_compiled_tests_are_not_planted():
