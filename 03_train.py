@@ -212,26 +212,43 @@ def plan(n: int, batch_size: int, epochs: int, max_steps: int | None, seed: int)
 def work(args: Args) -> None:
     check(args)
     out = Path(args.out)
-    inputs = {f"{directory}/{name}": run.hash_file(Path(directory) / name)
-              for directory in args.data for name in ("trajectories.jsonl", "labels.jsonl")}
-    how = ("out", "data", "init_adapter", "overwrite", "dry_run")
-    same = {"inputs": list(inputs.values())} | {k: v for k, v in vars(args).items() if k not in how}
+    same = {k: v for k, v in vars(args).items() if k not in ("out", "data", "init_adapter", "overwrite", "dry_run")}
+    same["inputs"] = [run.hash_file(Path(directory) / name)
+                      for directory in args.data for name in ("trajectories.jsonl", "labels.jsonl")]
     if args.init_adapter:
         from common import training
 
         training.check_adapter(args.init_adapter, args.model)
         same["init_adapter"] = run.hash_file(Path(args.init_adapter) / "adapter_model.safetensors")
-    trajectories = read_labels(args.data)
-    if args.dry_run:
-        train(args, trajectories, None)
-        return
-    stage = run.Stage(args.out, args, same, directory=True, overwrite=args.overwrite)
-    if stage.done:
+    # A new output is begun only when its input has proved good: a mistake leaves nothing that the next try runs into.
+    begun = (out / "manifest.json").exists() and not args.overwrite and not args.dry_run
+    if begun and (stage := run.Stage(args.out, args, same, directory=True)).done:
         stage.say_done()
         return
-    summary = train(args, trajectories, out)
-    stage.log.info("labels by file: %s", inputs)
-    stage.finish(summary)
+    started = time.time()
+    data, too_long = prepare_data(args)
+    model, quant = prepare_model(args, longest=max(len(sample.ids) for samples in data for sample in samples))
+    if not begun and not args.dry_run:
+        stage = run.Stage(args.out, args, same, directory=True, overwrite=args.overwrite)
+    if not args.dry_run:
+        stage.log.info("%d labels of %d trajectories; %d were longer than --max-context",
+                       sum(map(len, data)), len(data), too_long)
+    trained = train(args, data, model, None if args.dry_run else out)
+
+    from common import prefix_tree, training
+
+    summary = {
+        "labels": sum(len(samples) for samples in data),
+        "loss": trained["loss"],
+        "tokens_distinct": sum(prefix_tree.distinct_tokens(samples) for samples in data),
+        "tokens_computed": trained["rows"],
+        "steps": trained["steps"],
+        "seconds": time.time() - started,
+        "labels_too_long": too_long,
+        "quant": quant,
+        "peak_memory_mb": round(training.peak_memory_mb(), 1),
+    }
+    run.print_summary(summary) if args.dry_run else stage.finish(summary)
 
 
 def check(args: Args) -> None:
@@ -244,97 +261,96 @@ def check(args: Args) -> None:
         raise InputError(f"--warmup {args.warmup}: must be at least 0 and less than 1")
 
 
-def train(args: Args, trajectories: list[dict], out: Path | None) -> dict:
-    """Train and save the adapter into `out`; without `out`, one pass that only measures."""
-    started = time.time()
+def prepare_data(args: Args) -> tuple[list[list], int]:
+    """(the samples of each trajectory that has any, labels left out for their length); prints one sample."""
     from common import prefix_tree, training
 
-    tokenizer = training.load_tokenizer(args.model)
+    trajectories = read_labels(args.data)
     kwargs = template_kwargs(trajectories)
+    tokenizer = training.load_tokenizer(args.model)
     data, too_long = [], 0
     for trajectory in trajectories:
         samples, dropped = make_samples(trajectory, tokenizer, kwargs, args.max_context)
         too_long += dropped
         if samples:
             data.append(samples)
-    if too_long:
-        print(f"{too_long} labels are longer than --max-context {args.max_context} and left out", file=sys.stderr)
     if not data:
         raise InputError(f"every label is longer than --max-context {args.max_context}: nothing to train on")
+    if too_long:
+        print(f"{too_long} labels are longer than --max-context {args.max_context} and left out", file=sys.stderr)
+    prefix_tree.refuse_long([sample for samples in data for sample in samples], args.tokens_per_batch)
     chat.show(tokenizer, data[0][-1].ids.tolist(), data[0][-1].n_prompt)
-    longest = max(len(sample.ids) for samples in data for sample in samples)
+    return data, too_long
 
+
+def prepare_model(args: Args, longest: int) -> tuple:
+    """(frozen base with LoRA on it, in training mode; nf4 or none)."""
+    from common import training
+
+    cuda = training.device_name() == "cuda"
+    quant = args.quant if args.quant != "auto" else ("nf4" if cuda else "none")
+    checkpointing = args.checkpointing if args.checkpointing != "auto" else ("on" if cuda else "none")
+    base = training.load_base(args.model, quant, tree=args.packing == "tree")
+    training.probe(base, args.packing == "tree", longest)
+    model = training.add_lora(base, args.model, args.init_adapter, args.lora_rank, args.lora_alpha, args.seed)
+    training.checkpointing(model, checkpointing)
+    return model, quant
+
+
+def train(args: Args, data: list[list], model, out: Path | None) -> dict:
+    """Train and save the adapter into `out`; without `out`, one pass without an optimiser step.
+
+    Returns loss (mean per label token of the last epoch), rows (given to the model), steps (of the optimiser).
+    """
     import torch
-    import transformers
     from tqdm import tqdm
 
-    transformers.utils.logging.disable_progress_bar()
-    quant = args.quant if args.quant != "auto" else ("nf4" if training.device_name() == "cuda" else "none")
-    tree = args.packing == "tree"
-    base = training.load_base(args.model, quant, tree)
-    training.probe(base, tree, longest)
-    attention = training.attention_cost(base)
-    model = training.add_lora(base, args.model, args.init_adapter, args.lora_rank, args.lora_alpha, args.seed)
-    on = "on" if training.device_name() == "cuda" else "none"
-    training.checkpointing(model, args.checkpointing if args.checkpointing != "auto" else on)
-    base = model.get_base_model()
+    from common import prefix_tree, training
 
-    epochs, max_steps = (args.epochs, args.max_steps) if out else (1, None)
-    steps = plan(len(data), args.batch_size, epochs, max_steps, args.seed)
+    base = model.get_base_model()
+    attention = training.attention_cost(base)
+    steps = plan(len(data), args.batch_size, args.epochs if out else 1, args.max_steps if out else None, args.seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
+    if out:
+        training.remove_adapter(out)  # of an earlier run: the manifest no longer speaks of it
     log = open(out / "training_log.jsonl", "w", encoding="utf-8") if out else None
-    computed, of_epoch = 0, {}  # rows so far; epoch -> [sum of -log p, label tokens]
     bar = tqdm(total=len(steps), unit="step", desc="train" if out else "dry run", dynamic_ncols=True)
+    computed, of_epoch = 0, {}  # rows so far; epoch -> [sum of -log p, label tokens]
     for number, (epoch, chosen) in enumerate(steps):
         begun = time.time()
         samples = [sample for i in chosen for sample in data[i]]
-        label_tokens = sum(sample.n_label for sample in samples)
         weights = token_weights(samples, args.loss_norm)
-        if tree:
+        if args.packing == "tree":
             batches = prefix_tree.pack_tree(samples, weights, args.tokens_per_batch, attention)
         else:
             batches = prefix_tree.pack_per_turn(samples, weights, args.tokens_per_batch)
-        rows, nll = 0, 0.0
-        for batch in batches:
-            nll += accumulate(base, batch, offload=args.checkpointing == "offload")
-            rows += batch.n_rows
+        nll = sum(accumulate(base, batch, offload=args.checkpointing == "offload") for batch in batches)
+        rows = sum(batch.n_rows for batch in batches)
+        label_tokens = sum(sample.n_label for sample in samples)
+        sums = of_epoch.setdefault(epoch, [0.0, 0])
+        sums[0], sums[1], computed = sums[0] + nll, sums[1] + label_tokens, computed + rows
         if out:
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
+            rate = args.lr * learning_rate(number, len(steps), args.warmup)
             for group in optimiser.param_groups:
-                group["lr"] = args.lr * learning_rate(number, len(steps), args.warmup)
+                group["lr"] = rate
+            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
             optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        computed += rows
-        sums = of_epoch.setdefault(epoch, [0.0, 0])
-        sums[0], sums[1] = sums[0] + nll, sums[1] + label_tokens
         seconds = time.time() - begun
         bar.update()
         bar.set_postfix(loss=f"{nll / label_tokens:.4f}", tokens_s=f"{rows / seconds:.0f}")
-        if log:
-            line = {"step": number + 1, "epoch": epoch, "loss": nll / label_tokens, "lr": optimiser.param_groups[0]["lr"],
-                    "grad_norm": grad_norm, "label_tokens": label_tokens, "rows": rows, "seconds": round(seconds, 3),
-                    "peak_memory_mb": round(training.peak_memory_mb(), 1)}
+        if out:
+            line = {"step": number + 1, "epoch": epoch, "loss": nll / label_tokens, "lr": rate, "grad_norm": norm,
+                    "label_tokens": label_tokens, "rows": rows, "seconds": round(seconds, 3),
+                    "peak_memory_mb": round(training.peak_memory_mb(), 1)}  # fmt: skip
             print(json.dumps(line), file=log, flush=True)
     bar.close()
     if out:
         training.save_adapter(model, out)  # before anything else is done with it
         log.close()
     nll, label_tokens = of_epoch[max(of_epoch)]
-    summary = {
-        "labels": sum(len(samples) for samples in data),
-        "loss": nll / label_tokens,
-        "tokens_distinct": sum(prefix_tree.distinct_tokens(samples) for samples in data),
-        "tokens_computed": computed,
-        "steps": len(steps) if out else 0,
-        "seconds": time.time() - started,
-        "labels_too_long": too_long,
-        "quant": quant,
-        "peak_memory_mb": round(training.peak_memory_mb(), 1),
-    }
-    if not out:
-        run.print_summary(summary)
-    return summary
+    return {"loss": nll / label_tokens, "rows": computed, "steps": len(steps) if out else 0}
 
 
 if __name__ == "__main__":

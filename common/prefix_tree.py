@@ -68,7 +68,7 @@ def pack_tree(
     where the mask is dense: then unrelated trajectories are better apart. Raises InputError if one sample is longer
     than max_rows.
     """
-    _refuse_long(samples, max_rows)
+    refuse_long(samples, max_rows)
     order, shared = _sorted(samples)
     samples, weights = [samples[i] for i in order], [weights[i] for i in order]
     batches = []
@@ -79,7 +79,7 @@ def pack_tree(
 
 def pack_per_turn(samples: Sequence[Sample], weights: Sequence[float], max_rows: int) -> list[Batch]:
     """Batches of one sample per line, padded on the right, at most `max_rows` rows in all; samples of like length."""
-    _refuse_long(samples, max_rows)
+    refuse_long(samples, max_rows)
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].ids))
     groups: list[list[int]] = []
     for i in order:
@@ -112,7 +112,8 @@ def pad_rows(batch: Batch, length: int) -> Batch:
     )
 
 
-def _refuse_long(samples: Sequence[Sample], max_rows: int) -> None:
+def refuse_long(samples: Sequence[Sample], max_rows: int) -> None:
+    """Raises InputError that names the longest sample if it is longer than a batch may be."""
     longest = max(samples, key=lambda sample: len(sample.ids))
     if len(longest.ids) > max_rows:
         raise InputError(

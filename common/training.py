@@ -43,8 +43,10 @@ def load_tokenizer(model: str) -> Any:
 def load_base(model: str, quant: str, tree: bool) -> Any:
     """The frozen base model. quant: nf4 (double quantisation) or none; fp32 on CPU, bf16 on CUDA."""
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    transformers.utils.logging.disable_progress_bar()
     device = device_name()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     options = {"dtype": dtype, "device_map": {"": device}}
@@ -61,8 +63,9 @@ def load_base(model: str, quant: str, tree: bool) -> Any:
     except (OSError, ValueError) as error:
         raise InputError(f"--model {model}: not loaded ({_first_line(error)})") from None
     base.config.use_cache = False
-    base.requires_grad_(False)
-    return base
+    # Training mode from the start: one forward pass in eval mode and bitsandbytes repacks NF4 weights on CPU for a
+    # kernel that has no gradient, so that what is trained afterwards is silently wrong.
+    return base.requires_grad_(False).train()
 
 
 def add_lora(base: Any, model: str, init_adapter: str | None, rank: int, alpha: int, seed: int) -> Any:
