@@ -47,6 +47,7 @@ class _Scene:
     odd: bool = False  # a command whose effect is not known
     moved: bool = False  # HEAD may not be the first commit any more
     mess: bool = False  # git status shows more than edits of the right file
+    was_reset: bool = False  # the last change was `git reset --hard`
     timeouts: int = 0  # test runs in a row that were killed
     looked: bool = False  # git status was clean and yet the tests fail
 
@@ -95,7 +96,10 @@ def _step(task: Task, scene: _Scene, words: list[str], code: int, output: str | 
             return
         if words[0] == "cat" and len(words) == 2 and code == 0:
             _viewed(scene, _clean(words[1]), output)
-        elif (words[:3] == ["git", "status", "--short"] or words[:4] == ["git", "diff", "--cached", "--name-status"]) and code == 0:
+        elif words[0] == "cat" and "No such file" in output and _clean(words[-1]) in task.fixed:
+            scene.odd = True
+        elif code == 0 and (words[:4] == ["git", "diff", "--cached", "--name-status"]
+                            or words[:3] == ["git", "status", "--short"] and not scene.moved):  # fmt: skip
             _status(task, scene, output)
         elif words[0] == "grep" and code == 1 and (name := re.fullmatch(r"def (\w+)\(", words[-1])):
             if name[1] in _named(task) and "r" in words[1] and len(words) == 3:
@@ -195,7 +199,7 @@ def _tested(scene: _Scene, full: bool, code: int) -> None:
 
 
 def _altered(scene: _Scene) -> None:
-    scene.changed, scene.passed, scene.failed, scene.looked = True, False, False, False
+    scene.changed, scene.passed, scene.failed, scene.looked, scene.was_reset = True, False, False, False, False
 
 
 def _unknown(scene: _Scene) -> None:
@@ -289,11 +293,13 @@ def _git(scene: _Scene, words: list[str], code: int) -> None:
             scene.views = {p: None if "." in back or p in back else v for p, v in scene.views.items()}
             scene.stray = [] if "." in back else [p for p in scene.stray if p not in back]
     elif what == "reset" and "--hard" in rest and code == 0:
+        was_odd = scene.odd
         _unknown(scene)
         scene.mess, scene.stray = False, []
-        scene.odd = scene.moved and "ROOT" not in words
-        scene.moved = scene.odd
+        scene.moved = scene.moved and "ROOT" not in words
+        scene.odd, scene.was_reset = was_odd or scene.moved, True  # new files are still there
     elif what == "clean":
+        scene.odd = scene.odd and (scene.moved or not scene.was_reset)
         _altered(scene)
     elif what == "stash":
         _unknown(scene)

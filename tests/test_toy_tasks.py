@@ -219,7 +219,7 @@ def real_pytest(rows: list[dict], folder: Path) -> None:
             for patch in patches:
                 subprocess.run(["git", "apply", "-"], input=row[patch], text=True, check=True, cwd=place)
             folders.append(str(place))
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     script = [sys.executable, str(Path(__file__).with_name("toy_pytest.py")), *folders]
     done = subprocess.run(script, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
