@@ -38,7 +38,8 @@ DEFAULT_TEST_COMMAND = "python -m pytest -q"
 STEERING = {"conftest.py", "pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml"}
 SECTIONS = {"pyproject.toml": "pytest", "setup.cfg": "tool:pytest", "tox.ini": "pytest"}
 SHADOWS = {"pytest", "_pytest", "pluggy", "py", "iniconfig", "sitecustomize", "usercustomize"}
-PYTEST = re.compile(r"(?P<python>(?:^|(?<=[\s;&|(]))\S*python[\d.]*(?:\s+-[^\s]+)*?)\s+-m\s+(?:pytest|py\.test)(?=\s|$)"
+PYTEST = re.compile(r"(?P<python>(?:^|(?<=[\s;&|(]))\S*python[\d.]*(?:\s+(?:-[XW]\s+\S+|-\S+))*?)\s+-m\s+"
+                    r"(?:pytest|py\.test)(?=\s|$)"
                     r"|(?:^|(?<=[\s;&|(]))(?:\S*/)?(?:pytest|py\.test)(?=\s|$)")
 OUTSIDE = re.compile(r"^(---|\+\+\+|diff --git|rename|copy) (.*[\s/])?((\.\.|\.git)(/|\s|$)|/(?!dev/null))", re.M)
 KEPT_LOG = 200_000  # characters

@@ -158,9 +158,12 @@ class LocalSandbox:
             why = "a NUL character in the command" if b"\0" in command_bytes else "Argument list too long"
             return CommandResult(126, f"bash: {why}\n", 0.0, False, False)
         output = Output(self.output_limit if output_limit is None else output_limit)
-        with contextlib.ExitStack() as stack:
-            job = self._spawn(command_bytes, mounts, environment or self.environment, stack)
-            self._follow(job, output, started + timeout)
+        try:
+            with contextlib.ExitStack() as stack:
+                job = self._spawn(command_bytes, mounts, environment or self.environment, stack)
+                self._follow(job, output, started + timeout)
+        except OSError as error:
+            raise InfraError(f"{self.row['instance_id']}: the sandbox broke: {error}") from error
         text = output.text()
         if job.killed is None and job.exit_code is None:
             raise InfraError(f"{self.row['instance_id']}: bubblewrap failed: {text.strip()[-1000:]}")

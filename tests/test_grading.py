@@ -205,11 +205,11 @@ for handle in range(3, 64):
     try: seen.append(os.pread(handle, 100000, 0).decode(errors="replace"))
     except OSError: pass
 import re
-sys.__stderr__.write("SPY %d %s\\n" % (len(seen), re.findall(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])", "\\n".join(seen))))
+raise OSError("SPY %d %s" % (len(seen), re.findall(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])", "\\n".join(seen))))
 """
     log = grade(ROW, patch_of({"calc.py": spy + WRONG}))["log"]
-    line = next(line for line in log.splitlines() if line.startswith("SPY"))
-    assert line.endswith("[]") and int(line.split()[1]) > 4, line
+    line = next(line for line in log.splitlines() if line.startswith("E   OSError: SPY"))
+    assert line.endswith("[]") and int(line.split()[3]) > 4, line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
