@@ -34,7 +34,7 @@ def test_the_loop_turns_resumes_and_goes_on(tmp_path):
     assert first.returncode == 0, first.stderr
     assert "best on toy:dev:2: iteration 1" in first.stdout
     assert re.search(r"on toy:test:2, iteration 1 \(chosen\): \d/2", first.stdout)
-    assert "the teacher itself: 0/2" in first.stdout  # three turns are too few for it too: limits are for everybody
+    assert re.search(r"the teacher itself: \d/2", first.stdout)
     summary = json.loads((run / "iter_001/trajectories.jsonl.manifest.json").read_text())["summary"]
     assert summary["beta"] == summary["teacher_turn_share"] == 1.0
 
@@ -48,8 +48,9 @@ def test_the_loop_turns_resumes_and_goes_on(tmp_path):
     assert more.returncode == 0, more.stderr
     assert (run / "iter_002/adapter/adapter_model.safetensors").exists()
     assert json.loads((run / "iter_002/trajectories.jsonl.manifest.json").read_text())["summary"]["beta"] == 0.5
-    labels = json.loads((run / "iter_002/adapter/manifest.json").read_text())["summary"]["labels"]
-    assert labels == sum(len((run / f"iter_00{i}/labels.jsonl").read_text().splitlines()) for i in (1, 2))
+    made = json.loads((run / "iter_002/adapter/manifest.json").read_text())
+    assert made["summary"]["labels"] == len((run / "iter_002/labels.jsonl").read_text().splitlines())
+    assert made["settings"]["init_adapter"] == str(run / "iter_001/adapter")  # it goes on from the last adapter
 
     other = loop(run, ITERATIONS=2, SEED=1, **knobs)
     assert other.returncode == 2 and "seed = 0, now it is 1" in other.stderr

@@ -2,6 +2,7 @@
 
 import email.utils
 import json
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -265,7 +266,8 @@ def refuse(status: int, message: str, code: str | None = None, headers: dict | N
 
 
 def cut(handler) -> None:
-    handler.connection.close()
+    handler.connection.shutdown(socket.SHUT_RDWR)
+    handler.close_connection = True
 
 
 def cut_in_the_middle(handler) -> None:
