@@ -8,13 +8,16 @@ once (common/prefix_tree.py), --packing per-turn computes each sample by itself:
 step is the labels of --batch-size trajectories, chosen before packing.
 
 reads   --data ITER_DIR...: trajectories.jsonl and labels.jsonl of each (01_collect.py, 02_relabel.py)
-writes  --out DIR: adapter_model.safetensors + adapter_config.json (PEFT), training_log.jsonl, manifest.json, log
+writes  --out DIR: adapter_model.safetensors + adapter_config.json (PEFT), training_log.jsonl, manifest.json, log; while
+        it trains also state.pt, from which a stopped run goes on
 
     python 03_train.py --data runs/demo/iter_001 --out runs/demo/iter_001/adapter
     python 03_train.py --data runs/demo/iter_001 runs/demo/iter_002 --epochs 3 --out runs/demo/iter_002/adapter
     python 03_train.py --data runs/demo/iter_001 --out /tmp/look --dry-run
+    torchrun --nproc-per-node 4 03_train.py --data runs/demo/iter_001 --out runs/demo/iter_001/adapter
 
-Not here: no packing of several GPUs, no going on in the middle of a stopped run (the same command starts it again).
+With torchrun every process holds the whole model and takes its share of the rows of each step (data parallel).
+Not here: no model that is too large for one GPU.
 """
 
 import json
@@ -67,6 +70,8 @@ class Args:
     """largest norm of the gradient"""
     checkpointing: Literal["auto", "none", "on", "offload"] = "auto"
     """compute activations again in the backward pass (auto: on CUDA); offload keeps checkpoints in host memory"""
+    save_every: float = 120
+    """seconds between saves of the optimiser's state, from which a stopped run goes on (0: after every step)"""
     seed: int = 0
     """seed of the LoRA weights and of the order of trajectories"""
     dry_run: bool = False
@@ -78,72 +83,60 @@ class Args:
 # ---------------------------------------------------------------- what is trained on
 
 
-def read_labels(directories: list[str]) -> list[dict]:
-    """One dict for each trajectory that has valid labels: trajectory_id, messages, labels [(turn, text)], kwargs.
+def read_labels(directories: list[str]) -> tuple[list[dict[str, dict[int, str]]], dict]:
+    """(for each directory {trajectory_id: {turn: text of a valid label}}, the chat template arguments).
 
-    Raises InputError where a label names a trajectory or a turn that is not there, or where no label is valid.
+    The student acted with these arguments, so training renders with them. Raises InputError where a label names a
+    trajectory or a turn that is not there, where no label is valid, and where students acted with different arguments.
     """
-    found, invalid = [], 0
+    found, invalid, kinds = [], 0, set()
     for directory in directories:
-        trajectories = {}
+        turns: dict[str, int] = {}
         for number, record in enumerate(jsonl.read(Path(directory) / "trajectories.jsonl", "trajectory"), start=1):
-            if record["trajectory_id"] in trajectories:
+            if record["trajectory_id"] in turns:
                 raise InputError(f"{directory}/trajectories.jsonl:{number}: {record['trajectory_id']} is there twice")
-            extra = (record["student"] or {}).get("extra") or {}
-            trajectories[record["trajectory_id"]] = {
-                "trajectory_id": record["trajectory_id"],
-                "messages": record["messages"],
-                "places": {m["turn"]: i for i, m in enumerate(record["messages"]) if m["role"] == "assistant"},
-                "labels": {},
-                "template_kwargs": extra.get("chat_template_kwargs"),
-            }
+            turns[record["trajectory_id"]] = sum(m["role"] == "assistant" for m in record["messages"])
+            kwargs = ((record["student"] or {}).get("extra") or {}).get("chat_template_kwargs")
+            if kwargs is not None:
+                kinds.add(json.dumps(kwargs, sort_keys=True))
+        labels: dict[str, dict[int, str]] = {name: {} for name in turns}
         path = Path(directory) / "labels.jsonl"
         for number, label in enumerate(jsonl.read(path, "label"), start=1):
-            where = f"{path}:{number}: label of {label['trajectory_id']}, turn {label['turn']}"
-            trajectory = trajectories.get(label["trajectory_id"])
-            if trajectory is None:
+            name, turn = label["trajectory_id"], label["turn"]
+            where = f"{path}:{number}: label of {name}, turn {turn}"
+            if name not in turns:
                 raise InputError(f"{where}: {directory}/trajectories.jsonl has no such trajectory; these two files do "
                                  "not belong together: run 02_relabel.py on this trajectories.jsonl")
-            if label["turn"] not in trajectory["places"]:
-                raise InputError(f"{where}: the trajectory has {len(trajectory['places'])} turns, counted from 0; run "
-                                 "02_relabel.py on this trajectories.jsonl")
-            if label["turn"] in trajectory["labels"]:
+            if turn >= turns[name]:
+                raise InputError(f"{where}: the trajectory has {turns[name]} turns, counted from 0; run 02_relabel.py "
+                                 "on this trajectories.jsonl")
+            if turn in labels[name]:
                 raise InputError(f"{where}: this state is labelled twice; run 02_relabel.py --overwrite")
-            if label["valid"]:
-                trajectory["labels"][label["turn"]] = label["label"]
-            else:
-                invalid += 1
-        found += [trajectory for trajectory in trajectories.values() if trajectory["labels"]]
-    if not found:
+            labels[name][turn] = label["label"] if label["valid"] else None
+            invalid += not label["valid"]
+        valid = {name: {t: text for t, text in of.items() if text is not None} for name, of in labels.items()}
+        found.append({name: of for name, of in valid.items() if of})
+    if not any(found):
         raise InputError(f"no valid label in {' '.join(directories)} ({invalid} invalid ones): nothing to train on")
-    return found
-
-
-def template_kwargs(trajectories: list[dict]) -> dict:
-    """The chat template arguments that the student acted with: training must render as acting did."""
-    kinds = {json.dumps(t["template_kwargs"], sort_keys=True) for t in trajectories if t["template_kwargs"] is not None}
     if len(kinds) > 1:
         raise InputError(f"students acted with different chat template arguments: {' and '.join(sorted(kinds))}; train "
                          "on data of one kind")
-    return json.loads(kinds.pop()) if kinds else {}
+    return found, json.loads(kinds.pop()) if kinds else {}
 
 
-def make_samples(trajectory: dict, tokenizer, kwargs: dict, max_context: int) -> tuple[list, int]:
-    """(samples, labels left out): each label at its state, the messages before the turn that was taken there."""
-    import numpy as np
+def tokenise(record: dict, labels: dict[int, str], tokenizer, kwargs: dict, max_context: int) -> tuple:
+    """(the samples of one trajectory, labels left out): each label at its state, the messages before that turn."""
+    from common import prefix_tree
 
-    from common.prefix_tree import Sample
-
-    samples, too_long = [], 0
-    for turn, label in sorted(trajectory["labels"].items()):
-        state = trajectory["messages"][: trajectory["places"][turn]]
-        ids, n_prompt = chat.sample(tokenizer, state, label, kwargs)
+    places = {m["turn"]: i for i, m in enumerate(record["messages"]) if m["role"] == "assistant"}
+    states = [(places[turn], text) for turn, text in sorted(labels.items())]
+    made, too_long = prefix_tree.Trajectory(record["trajectory_id"]), 0
+    for turn, (ids, n_prompt) in zip(sorted(labels), chat.samples(tokenizer, record["messages"], states, kwargs)):
         if len(ids) > max_context:
             too_long += 1
-            continue
-        name = f"the label of {trajectory['trajectory_id']}, turn {turn},"
-        samples.append(Sample(name, np.array(ids, np.int32), n_prompt))
-    return samples, too_long
+        else:
+            made.add(turn, ids, n_prompt)
+    return made.close(), too_long
 
 
 # ---------------------------------------------------------------- the loss and the steps
@@ -212,43 +205,58 @@ def plan(n: int, batch_size: int, epochs: int, max_steps: int | None, seed: int)
 def work(args: Args) -> None:
     check(args)
     out = Path(args.out)
-    same = {k: v for k, v in vars(args).items() if k not in ("out", "data", "init_adapter", "overwrite", "dry_run")}
+    how = ("out", "data", "init_adapter", "overwrite", "dry_run", "save_every")
+    same = {name: value for name, value in vars(args).items() if name not in how}
     same["inputs"] = [run.hash_file(Path(directory) / name)
                       for directory in args.data for name in ("trajectories.jsonl", "labels.jsonl")]
-    if args.init_adapter:
-        from common import training
+    from common import training
 
+    if args.init_adapter:
         training.check_adapter(args.init_adapter, args.model)
         same["init_adapter"] = run.hash_file(Path(args.init_adapter) / "adapter_model.safetensors")
+    processes = training.Processes()  # one, or those of torchrun; the first one writes
+    stage = None
     # A new output is begun only when its input has proved good: a mistake leaves nothing that the next try runs into.
     begun = (out / "manifest.json").exists() and not args.overwrite and not args.dry_run
-    if begun and (stage := run.Stage(args.out, args, same, directory=True)).done:
-        stage.say_done()
+    if begun and processes.first:
+        stage = run.Stage(args.out, args, same, directory=True)
+    if processes.agree(stage is not None and stage.done):
+        if stage:
+            stage.say_done()
+        processes.close()
         return
     started = time.time()
-    data, too_long = prepare_data(args)
-    model, quant = prepare_model(args, longest=max(len(sample.ids) for samples in data for sample in samples))
-    if not begun and not args.dry_run:
-        stage = run.Stage(args.out, args, same, directory=True, overwrite=args.overwrite)
-    if not args.dry_run:
+    data, too_long = prepare_data(args, processes)
+    model, quant = prepare_model(args, longest=max(trajectory.longest for trajectory in data))
+    if processes.first and not args.dry_run:
+        if not begun:
+            stage = run.Stage(args.out, args, same, directory=True, overwrite=args.overwrite)
+            training.forget(out)
         stage.log.info("%d labels of %d trajectories; %d were longer than --max-context",
                        sum(map(len, data)), len(data), too_long)
-    trained = train(args, data, model, None if args.dry_run else out)
+    processes.agree(True)  # the others wait until the output is begun
+    trained = train(args, data, model, None if args.dry_run else out, processes)
 
-    from common import prefix_tree, training
+    from common import prefix_tree
 
     summary = {
-        "labels": sum(len(samples) for samples in data),
+        "labels": sum(len(trajectory) for trajectory in data),
         "loss": trained["loss"],
-        "tokens_distinct": sum(prefix_tree.distinct_tokens(samples) for samples in data),
+        "tokens_distinct": sum(prefix_tree.distinct_tokens(trajectory.samples()) for trajectory in data),
         "tokens_computed": trained["rows"],
         "steps": trained["steps"],
-        "seconds": time.time() - started,
+        "seconds": time.time() - started + trained["seconds_before"],
         "labels_too_long": too_long,
         "quant": quant,
+        "processes": processes.size,
         "peak_memory_mb": round(training.peak_memory_mb(), 1),
     }
-    run.print_summary(summary) if args.dry_run else stage.finish(summary)
+    if args.dry_run and processes.first:
+        run.print_summary(summary)
+    elif processes.first:
+        stage.finish(summary)
+        training.forget(out)
+    processes.close()
 
 
 def check(args: Args) -> None:
@@ -261,25 +269,37 @@ def check(args: Args) -> None:
         raise InputError(f"--warmup {args.warmup}: must be at least 0 and less than 1")
 
 
-def prepare_data(args: Args) -> tuple[list[list], int]:
-    """(the samples of each trajectory that has any, labels left out for their length); prints one sample."""
+def prepare_data(args: Args, processes) -> tuple[list, int]:
+    """(the trajectories that have samples, labels left out for their length); prints one sample."""
+    from tqdm import tqdm
+
     from common import prefix_tree, training
 
-    trajectories = read_labels(args.data)
-    kwargs = template_kwargs(trajectories)
+    labels, kwargs = read_labels(args.data)
     tokenizer = training.load_tokenizer(args.model)
-    data, too_long = [], 0
-    for trajectory in trajectories:
-        samples, dropped = make_samples(trajectory, tokenizer, kwargs, args.max_context)
-        too_long += dropped
-        if samples:
-            data.append(samples)
+    data, n_labels, too_long = [], 0, 0
+    bar = tqdm(total=sum(map(len, labels)), unit="trajectory", desc="tokenise", dynamic_ncols=True, leave=False,
+               disable=not processes.first)
+    for directory, of in zip(args.data, labels):
+        for record in jsonl.read(Path(directory) / "trajectories.jsonl"):
+            if record["trajectory_id"] not in of:
+                continue
+            made, dropped = tokenise(record, of.pop(record["trajectory_id"]), tokenizer, kwargs, args.max_context)
+            too_long += dropped
+            if made:
+                data.append(made)
+            n_labels += len(made)
+            bar.update()
+            bar.set_postfix(labels=n_labels, too_long=too_long)
+    bar.close()
     if not data:
         raise InputError(f"every label is longer than --max-context {args.max_context}: nothing to train on")
-    if too_long:
+    if too_long and processes.first:
         print(f"{too_long} labels are longer than --max-context {args.max_context} and left out", file=sys.stderr)
-    prefix_tree.refuse_long([sample for samples in data for sample in samples], args.tokens_per_batch)
-    chat.show(tokenizer, data[0][-1].ids.tolist(), data[0][-1].n_prompt)
+    prefix_tree.refuse_long(max(data, key=lambda trajectory: trajectory.longest).samples(), args.tokens_per_batch)
+    if processes.first:
+        example = data[0].samples()[-1]
+        chat.show(tokenizer, example.ids.tolist(), example.n_prompt)
     return data, too_long
 
 
@@ -297,39 +317,39 @@ def prepare_model(args: Args, longest: int) -> tuple:
     return model, quant
 
 
-def train(args: Args, data: list[list], model, out: Path | None) -> dict:
+def train(args: Args, data: list, model, out: Path | None, processes) -> dict:
     """Train and save the adapter into `out`; without `out`, one pass without an optimiser step.
 
-    Returns loss (mean per label token of the last epoch), rows (given to the model), steps (of the optimiser).
+    Returns loss (mean per label token of the last epoch), rows (given to the model), steps (of the optimiser),
+    seconds_before (that earlier calls took whose state this one took up).
     """
     import torch
     from tqdm import tqdm
 
-    from common import prefix_tree, training
+    from common import training
 
     base = model.get_base_model()
     attention = training.attention_cost(base)
     steps = plan(len(data), args.batch_size, args.epochs if out else 1, args.max_steps if out else None, args.seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
+    count = {"steps": 0, "rows": 0, "seconds": 0.0, "epochs": {}}  # epoch -> [sum of -log p, label tokens]
     if out:
-        training.remove_adapter(out)  # of an earlier run: the manifest no longer speaks of it
-    log = open(out / "training_log.jsonl", "w", encoding="utf-8") if out else None
-    bar = tqdm(total=len(steps), unit="step", desc="train" if out else "dry run", dynamic_ncols=True)
-    computed, of_epoch = 0, {}  # rows so far; epoch -> [sum of -log p, label tokens]
-    for number, (epoch, chosen) in enumerate(steps):
+        count = training.load_state(out, parameters, optimiser) or count
+    seconds_before, began, saved = count["seconds"], time.time(), time.time()
+    log = training.open_log(out, count["steps"]) if out and processes.first else None
+    bar = tqdm(total=len(steps), initial=count["steps"], unit="step", desc="train" if out else "dry run",
+               dynamic_ncols=True, disable=not processes.first)
+    for number, (epoch, chosen) in enumerate(steps[count["steps"] :], count["steps"]):
         begun = time.time()
-        samples = [sample for i in chosen for sample in data[i]]
-        weights = token_weights(samples, args.loss_norm)
-        if args.packing == "tree":
-            batches = prefix_tree.pack_tree(samples, weights, args.tokens_per_batch, attention)
-        else:
-            batches = prefix_tree.pack_per_turn(samples, weights, args.tokens_per_batch)
-        nll = sum(accumulate(base, batch, offload=args.checkpointing == "offload") for batch in batches)
-        rows = sum(batch.n_rows for batch in batches)
+        samples = [sample for i in chosen for sample in data[i].samples()]
+        mine = processes.share(pack(args, samples, attention, processes.size), attention)
+        nll = sum(accumulate(base, batch, offload=args.checkpointing == "offload") for batch in mine)
+        nll, rows = processes.total([nll, sum(batch.n_rows for batch in mine)])
+        processes.add_gradients(parameters)
         label_tokens = sum(sample.n_label for sample in samples)
-        sums = of_epoch.setdefault(epoch, [0.0, 0])
-        sums[0], sums[1], computed = sums[0] + nll, sums[1] + label_tokens, computed + rows
+        sums = count["epochs"].setdefault(epoch, [0.0, 0])
+        sums[0], sums[1], count["rows"] = sums[0] + nll, sums[1] + label_tokens, count["rows"] + int(rows)
         if out:
             rate = args.lr * learning_rate(number, len(steps), args.warmup)
             for group in optimiser.param_groups:
@@ -340,17 +360,36 @@ def train(args: Args, data: list[list], model, out: Path | None) -> dict:
         seconds = time.time() - begun
         bar.update()
         bar.set_postfix(loss=f"{nll / label_tokens:.4f}", tokens_s=f"{rows / seconds:.0f}")
-        if out:
+        if log:
             line = {"step": number + 1, "epoch": epoch, "loss": nll / label_tokens, "lr": rate, "grad_norm": norm,
-                    "label_tokens": label_tokens, "rows": rows, "seconds": round(seconds, 3),
+                    "label_tokens": label_tokens, "rows": int(rows), "seconds": round(seconds, 3),
                     "peak_memory_mb": round(training.peak_memory_mb(), 1)}  # fmt: skip
             print(json.dumps(line), file=log, flush=True)
+            count |= {"steps": number + 1, "seconds": seconds_before + time.time() - began}
+            if time.time() - saved >= args.save_every:
+                training.save_state(out, parameters, optimiser, count)
+                saved = time.time()
     bar.close()
-    if out:
+    if log:
         training.save_adapter(model, out)  # before anything else is done with it
         log.close()
-    nll, label_tokens = of_epoch[max(of_epoch)]
-    return {"loss": nll / label_tokens, "rows": computed, "steps": len(steps) if out else 0}
+    nll, label_tokens = count["epochs"][max(count["epochs"])]
+    return {"loss": nll / label_tokens, "rows": count["rows"], "steps": len(steps) if out else 0,
+            "seconds_before": seconds_before}
+
+
+def pack(args: Args, samples: list, attention: float, processes: int) -> list:
+    """The micro-batches of one optimiser step; with several processes small enough that each gets its share."""
+    from common import prefix_tree
+
+    tree, limit = args.packing == "tree", args.tokens_per_batch
+    if processes > 1:
+        tokens = prefix_tree.distinct_tokens(samples) if tree else sum(len(sample.ids) for sample in samples)
+        limit = min(limit, max(-(-tokens // processes), *(len(sample.ids) for sample in samples)))
+    weights = token_weights(samples, args.loss_norm)
+    if tree:
+        return prefix_tree.pack_tree(samples, weights, limit, attention)
+    return prefix_tree.pack_per_turn(samples, weights, limit)
 
 
 if __name__ == "__main__":

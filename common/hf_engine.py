@@ -24,6 +24,7 @@ from typing import Any
 
 from common.embedded import model_path
 from common.errors import InfraError, InputError
+from common.linears import pack_linears
 
 GATHER_SECONDS = 0.02  # how long an idle engine waits for company after the first request
 PREFILL_TOKENS = {"cpu": 256, "cuda": 4096}  # prompt tokens in one step; bounds the memory of a step
@@ -129,34 +130,6 @@ def load_model(model: str, adapter: str | None = None, quant: str = "none"):
             raise InputError(f"{adapter}: the adapter does not fit {model}: {_line(error)}") from None
         loaded = wrapped.merge_and_unload() if dtype == torch.float32 else wrapped.get_base_model()
     return loaded.eval().requires_grad_(False)
-
-
-def pack_linears(model) -> None:
-    """Replaces the linear layers of an fp32 model on CPU by ones whose weights lie as oneDNN likes them (no training).
-
-    The numbers are the same to rounding. SmolLM2's layers: 1.3 times faster for long prompts, 1.5 to 2 in decoding.
-    The two operators are torch's own, but not public: where a torch has none, the layers stay as they are.
-    """
-    import torch
-
-    pack = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-    run = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if not (pack and run and torch.backends.mkldnn.is_available()):
-        return
-
-    class Packed(torch.nn.Module):
-        def __init__(self, linear):
-            super().__init__()
-            self.packed, self.bias = pack(linear.weight.detach(), None), linear.bias
-            self.in_features, self.out_features = linear.in_features, linear.out_features
-
-        def forward(self, x):
-            return run(x, self.packed, self.bias, "none", [], "")
-
-    for name, module in list(model.named_modules()):
-        if type(module) is torch.nn.Linear:
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, Packed(module))
 
 
 def _not_loaded(model: str, error: Exception) -> str:

@@ -16,6 +16,7 @@ There is a Python loop per sample and none per token. What this does not do: it 
 is longer than a micro-batch is refused by name.
 """
 
+from array import array
 from dataclasses import dataclass
 from typing import Sequence
 
@@ -38,6 +39,49 @@ class Sample:
     @property
     def n_label(self) -> int:
         return len(self.ids) - self.n_prompt
+
+
+class Trajectory:
+    """The samples of one trajectory in little memory: of each, only what the one before it does not begin with.
+
+    T samples of a long trajectory take the room of its distinct tokens, not T / 2 times that.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.turns, self.n_prompt, self.length, self.shared = (array("i") for _ in range(4))
+        self.news = array("i")  # the ids of each sample after the ones that it shares
+        self._last = np.empty(0, np.int32)
+
+    def add(self, turn: int, ids: np.ndarray, n_prompt: int) -> None:
+        """ids (length,) int32 of the state and label at `turn`; ids[n_prompt:] are trained on."""
+        shared = _common(self._last, ids)
+        for column, value in zip((self.turns, self.n_prompt, self.length, self.shared), (turn, n_prompt, len(ids), shared)):
+            column.append(value)
+        self.news.frombytes(np.ascontiguousarray(ids[shared:], np.int32).tobytes())
+        self._last = ids
+
+    def close(self) -> "Trajectory":
+        """Nothing more will be added."""
+        self._last = None
+        return self
+
+    def __len__(self) -> int:
+        return len(self.turns)
+
+    @property
+    def longest(self) -> int:
+        return max(self.length)
+
+    def samples(self) -> list[Sample]:
+        """Every sample with all its ids."""
+        samples, ids, start = [], np.empty(0, np.int32), 0
+        for turn, n_prompt, length, shared in zip(self.turns, self.n_prompt, self.length, self.shared):
+            stop = start + length - shared
+            ids = np.concatenate([ids[:shared], np.frombuffer(self.news, np.int32)[start:stop]])
+            samples.append(Sample(f"the label of {self.name}, turn {turn},", ids, n_prompt))
+            start = stop
+        return samples
 
 
 @dataclass(eq=False)
@@ -132,11 +176,15 @@ def _sorted(samples: Sequence[Sample]) -> tuple[list[int], list[int]]:
     order = sorted(range(len(samples)), key=keys.__getitem__)
     shared = [0]
     for one, other in zip(order, order[1:]):
-        a, b = samples[one].ids, samples[other].ids
-        length = min(len(a), len(b))
-        differs = np.flatnonzero(a[:length] != b[:length])
-        shared.append(int(differs[0]) if len(differs) else length)
+        shared.append(_common(samples[one].ids, samples[other].ids))
     return order, shared
+
+
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    """How many leading tokens two samples have in common."""
+    length = min(len(a), len(b))
+    differs = a[:length] != b[:length]
+    return int(differs.argmax()) if differs.any() else length
 
 
 def _cut(lengths: list[int], shared: list[int], max_rows: int, attention: float) -> list[tuple[int, int]]:

@@ -88,6 +88,8 @@ def main(args_class: type, work: typing.Callable) -> typing.NoReturn:
     """Parse, work, exit: 0 done, 2 bad usage or input, 1 anything else. Stopping by Ctrl-C or SIGTERM loses nothing."""
     args = parse(args_class)
     signal.signal(signal.SIGTERM, _stop)
+    # On a CPU it recommends a package with a faster NF4 kernel, which has no backward pass.
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
     code = 1
     try:
         work(args)

@@ -13,11 +13,11 @@ import resource
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
-from common import prefix_tree
+from common import linears, prefix_tree
 from common.embedded import model_path
 from common.errors import InputError
 
@@ -28,6 +28,67 @@ def device_name() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Processes:
+    """The processes that train together, as torchrun starts them (RANK, WORLD_SIZE, LOCAL_RANK), or the only one.
+
+    Each holds the whole model and the same data and adds up the gradient of its share of every step's micro-batches.
+    Weights are those of the whole step, so that gradients are summed, not averaged.
+    """
+
+    def __init__(self):
+        import torch
+
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.first = self.rank == 0
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if self.size > 1:
+            torch.distributed.init_process_group("nccl" if cuda else "gloo")
+
+    def agree(self, word: bool) -> bool:
+        """What the first process says; the others wait for it."""
+        return bool(self.total([float(word) if self.first else 0.0])[0])
+
+    def share(self, batches: list, attention: float) -> list:
+        """This process's micro-batches: the heaviest first, each to the process that has least to do so far."""
+        loads, mine = [0.0] * self.size, []
+        for batch in sorted(batches, key=lambda batch: -batch.n_rows):
+            least = loads.index(min(loads))
+            loads[least] += batch.n_rows + attention * batch.ids.shape[0] * batch.ids.shape[1] ** 2
+            if least == self.rank:
+                mine.append(batch)
+        return mine
+
+    def total(self, values: list[float]) -> list[float]:
+        """Each value summed over the processes."""
+        if self.size == 1:
+            return values
+        import torch
+
+        sums = torch.tensor(values, dtype=torch.float64, device=device_name())
+        torch.distributed.all_reduce(sums)
+        return sums.tolist()
+
+    def add_gradients(self, parameters: list) -> None:
+        """Put the sum over the processes into every parameter's grad. A process without rows adds nothing."""
+        if self.size == 1:
+            return
+        import torch
+
+        mine = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([gradient.flatten() for gradient in mine])
+        torch.distributed.all_reduce(flat)
+        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+            parameter.grad = part.view_as(parameter)
+
+    def close(self) -> None:
+        if self.size > 1:
+            import torch
+
+            torch.distributed.destroy_process_group()
 
 
 def load_tokenizer(model: str) -> Any:
@@ -49,7 +110,7 @@ def load_base(model: str, quant: str, tree: bool) -> Any:
     transformers.utils.logging.disable_progress_bar()
     device = device_name()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    options = {"dtype": dtype, "device_map": {"": device}}
+    options = {"dtype": dtype, "device_map": {"": torch.cuda.current_device() if device == "cuda" else device}}
     options["attn_implementation"] = "flex_attention" if tree and device == "cuda" else "sdpa"
     if quant == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
@@ -90,6 +151,7 @@ def add_lora(base: Any, model: str, init_adapter: str | None, rank: int, alpha: 
             ) from None
     # As given on the command line, so that an adapter says the same on every machine.
     peft_model.peft_config["default"].base_model_name_or_path = model
+    linears.pack_linears(getattr(base, base.base_model_prefix), backward=True)
     return peft_model
 
 
@@ -293,6 +355,52 @@ def remove_adapter(out: Path) -> None:
     """Take an adapter away such that what is left of it never looks whole."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (out / name).unlink(missing_ok=True)
+
+
+def save_state(out: Path, parameters: list, optimiser: Any, count: dict) -> None:
+    """Everything that a stopped run needs to go on: the trained weights, the optimiser, `count`. Whole or not there."""
+    import torch
+
+    half = out / f"state.{os.getpid()}.tmp"
+    state = {"weights": [p.detach() for p in parameters], "optimiser": optimiser.state_dict(), "count": count}
+    try:
+        with open(half, "wb") as stream:
+            torch.save(state, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(half, out / "state.pt")
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def load_state(out: Path, parameters: list, optimiser: Any) -> dict | None:
+    """Take up what save_state wrote and return its count; None where nothing was saved."""
+    import torch
+
+    if not (out / "state.pt").exists():
+        return None
+    state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
+    with torch.no_grad():
+        for parameter, weight in zip(parameters, state["weights"], strict=True):
+            parameter.copy_(weight)
+    optimiser.load_state_dict(state["optimiser"])
+    return state["count"]
+
+
+def forget(out: Path) -> None:
+    """Remove what a stopped run would have gone on from."""
+    for path in (out / "state.pt", *out.glob("state.*.tmp")):
+        path.unlink(missing_ok=True)
+
+
+def open_log(out: Path, steps: int) -> TextIO:
+    """training_log.jsonl, to be written after the lines of the first `steps` steps. An adapter of before is gone then."""
+    remove_adapter(out)  # the manifest no longer speaks of it
+    path = out / "training_log.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:steps] if steps and path.exists() else []
+    log = open(path, "w", encoding="utf-8")
+    log.writelines(lines)
+    return log
 
 
 def peak_memory_mb() -> float:

@@ -22,8 +22,9 @@ def loop(run, **knobs):
     return done
 
 
-def test_the_loop_turns_resumes_and_goes_on(tmp_path):
-    """One iteration; the same again, which does nothing; a second iteration on top."""
+@pytest.mark.parametrize("iterations", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_loop_turns_resumes_and_goes_on(tmp_path, iterations):
+    """One iteration; the same again, which does nothing; another seed, which is refused; (slow) an iteration on top."""
     model = tiny.model_dir(tmp_path / "model", arch="llama", template="chatml")
     run = tmp_path / "run"
     knobs = {
@@ -44,6 +45,11 @@ def test_the_loop_turns_resumes_and_goes_on(tmp_path):
     assert again.stderr.count("nothing to do") == 7
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == files
 
+    other = loop(run, ITERATIONS=2, SEED=1, **knobs)
+    assert other.returncode == 2 and "seed = 0, now it is 1" in other.stderr
+    if iterations == 1:
+        return
+
     more = loop(run, ITERATIONS=2, **knobs)
     assert more.returncode == 0, more.stderr
     assert (run / "iter_002/adapter/adapter_model.safetensors").exists()
@@ -51,9 +57,6 @@ def test_the_loop_turns_resumes_and_goes_on(tmp_path):
     made = json.loads((run / "iter_002/adapter/manifest.json").read_text())
     assert made["summary"]["labels"] == len((run / "iter_002/labels.jsonl").read_text().splitlines())
     assert made["settings"]["init_adapter"] == str(run / "iter_001/adapter")  # it goes on from the last adapter
-
-    other = loop(run, ITERATIONS=2, SEED=1, **knobs)
-    assert other.returncode == 2 and "seed = 0, now it is 1" in other.stderr
 
 
 @pytest.mark.slow

@@ -8,15 +8,17 @@ import importlib
 import io
 import json
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from common import chat, prefix_tree, run, training
+from common import chat, jsonl, prefix_tree, run, training
 from common.errors import InputError
 from common.prefix_tree import Sample
 from tests import tiny
@@ -63,6 +65,15 @@ def write(directory, trajectories, labels):
     return str(directory)
 
 
+def tokenised(directories, tokenizer, max_context=4096):
+    """(the samples of each trajectory, labels left out) as 03_train prepares them."""
+    labels, kwargs = train.read_labels(directories)
+    made = [train.tokenise(record, of[record["trajectory_id"]], tokenizer, kwargs, max_context)
+            for directory, of in zip(directories, labels)
+            for record in jsonl.read(f"{directory}/trajectories.jsonl") if record["trajectory_id"] in of]
+    return [trajectory.samples() for trajectory, _ in made], sum(too_long for _, too_long in made)
+
+
 def iteration(directory, n=6, turns=3, **options):
     trajectories = [trajectory(f"toy-{i // 2}", i % 2, turns, seed=i, **options) for i in range(n)]
     return write(directory, trajectories, [label(t, turn) for t in trajectories for turn in range(turns)])
@@ -72,9 +83,8 @@ def test_labels_stand_at_the_state_before_their_turn(tmp_path):
     """An off-by-one here trains on the observation that the label is supposed to ask for."""
     one = trajectory(turns=3)
     directory = write(tmp_path, [one], [label(one, 2), label(one, 0), label(one, 1, valid=False)])
-    (found,) = train.read_labels([directory])
     tokenizer = tiny.tokenizer("chatml")
-    samples, too_long = train.make_samples(found, tokenizer, {}, 4096)
+    (samples,), too_long = tokenised([directory], tokenizer)
     assert too_long == 0 and [s.name[-2] for s in samples] == ["0", "2"]  # the invalid label is not trained on
     for sample, turn in zip(samples, (0, 2)):
         state = one["messages"][: 2 + 2 * turn]
@@ -85,22 +95,20 @@ def test_labels_stand_at_the_state_before_their_turn(tmp_path):
 
 def test_prompts_are_rendered_as_for_acting(tmp_path):
     directory = iteration(tmp_path / "a", kwargs={"enable_thinking": False})
-    found = train.read_labels([directory])
-    kwargs = train.template_kwargs(found)
-    assert kwargs == {"enable_thinking": False}
+    assert train.read_labels([directory])[1] == {"enable_thinking": False}
     tokenizer = tiny.tokenizer("qwen3")
-    (sample, *_), _ = train.make_samples(found[0], tokenizer, kwargs, 4096)
+    sample = tokenised([directory], tokenizer)[0][0][0]
     assert tokenizer.decode(sample.ids[: sample.n_prompt]).endswith("<think>\n\n</think>\n\n")
     other = iteration(tmp_path / "b", kwargs={"enable_thinking": True})
     with pytest.raises(InputError, match="different chat template arguments"):
-        train.template_kwargs(train.read_labels([directory, other]))
+        train.read_labels([directory, other])
 
 
 def test_a_label_beyond_the_context_is_left_out_whole(tmp_path):
-    (found,) = train.read_labels([write(tmp_path, [t := trajectory(turns=3)], [label(t, turn) for turn in range(3)])])
+    directory = write(tmp_path, [t := trajectory(turns=3)], [label(t, turn) for turn in range(3)])
     tokenizer = tiny.tokenizer("chatml")
-    whole, _ = train.make_samples(found, tokenizer, {}, 4096)
-    kept, too_long = train.make_samples(found, tokenizer, {}, len(whole[1].ids))
+    (whole,), _ = tokenised([directory], tokenizer)
+    (kept,), too_long = tokenised([directory], tokenizer, len(whole[1].ids))
     assert too_long == 1
     assert [s.ids.tolist() for s in kept] == [s.ids.tolist() for s in whole[:2]]
 
@@ -183,8 +191,8 @@ def model(request, tmp_path_factory):
 ], ids=["chatml", "label", "llama3", "qwen3-drops-thoughts", "qwen3-empty-think", "tools"])
 def test_both_packings_give_the_gradient_of_the_definition(model, tmp_path, template, kwargs, think, loss_norm):
     tokenizer = tiny.tokenizer(template)
-    found = train.read_labels([iteration(tmp_path, n=3, turns=3, think=think)])
-    samples = [s for t in found for s in train.make_samples(t, tokenizer, kwargs, 4096)[0]]
+    found, _ = tokenised([iteration(tmp_path, n=3, turns=3, think=think, kwargs=kwargs)], tokenizer)
+    samples = [sample for samples in found for sample in samples]
     distinct = prefix_tree.distinct_tokens(samples)
     assert distinct < 0.7 * sum(len(s.ids) for s in samples)  # something is shared, whatever the template does
     several = 2 * max(len(s.ids) for s in samples)
@@ -347,8 +355,7 @@ def test_train_then_load_then_go_on(home):
     assert distance < 1e-2 * sum(a[key].square().sum() for key in a).sqrt()
 
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out)
-    (first, *_) = train.read_labels([str(data)])
-    samples, _ = train.make_samples(first, training.load_tokenizer(str(base)), {}, 4096)
+    (samples, *_), _ = tokenised([str(data)], training.load_tokenizer(str(base)))
     tuned = reference_loss(loaded, samples)
     with loaded.disable_adapter():
         assert tuned < 0.7 * reference_loss(loaded, samples)
@@ -382,12 +389,65 @@ def test_same_seed_same_adapter(home):
     assert (home / "a" / "adapter_config.json").read_text() == (home / "b" / "adapter_config.json").read_text()
 
 
-def test_the_command(home, tmp_path):
-    """As a user types it: exit codes, one clear line for bad input, the summary as the last line of stdout."""
-    command = [sys.executable, ROOT / "03_train.py", "--data", home / "iter_001", "--model", home / "base"]
-    done = subprocess.run([*command, "--max-steps", "1", "--out", tmp_path / "out"], capture_output=True, text=True)
+def test_a_stopped_run_goes_on_to_the_same_adapter(home, tmp_path):
+    """SIGTERM, then kill -9, each in the middle; the end is that of a run that was left alone, log included."""
+    common = ("--data", home / "iter_001", "--model", home / "base", "--epochs", 15, "--save-every", 0)
+    for out, stops in ((tmp_path / "whole", ()), (tmp_path / "stopped", (signal.SIGTERM, signal.SIGKILL))):
+        log = out / "training_log.jsonl"
+        for number, stop in enumerate(stops, start=1):
+            command = [sys.executable, ROOT / "03_train.py", *map(str, common), "--out", out]
+            running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            while running.poll() is None and (not log.exists() or log.read_text().count("\n") < 8 * number):
+                time.sleep(0.01)
+            running.send_signal(stop)
+            assert running.wait() == (1 if stop == signal.SIGTERM else -stop)
+            steps = torch.load(out / "state.pt", weights_only=True)["count"]["steps"]
+            assert 8 * number - 1 <= steps < 30 and not (out / "adapter_config.json").exists()
+        found = summary(script(*common, "--out", out))
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(1, 31)) and found["steps"] == "30"
+        assert not (out / "state.pt").exists()
+    a, b = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "stopped"))
+    assert a == b
+
+
+@pytest.mark.parametrize("packing", ["tree", pytest.param("per-turn", marks=pytest.mark.slow)])
+def test_two_processes_train_as_one(home, tmp_path, packing):
+    """Two gloo processes under torchrun share the rows of every step; the adapter is that of one to rounding."""
+    from safetensors.torch import load_file
+
+    common = ("--data", home / "iter_001", "--model", home / "base", "--epochs", 2, "--packing", packing)
+    one = summary(script(*common, "--out", tmp_path / "one"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launch, ROOT / "03_train.py", *map(str, common), "--out", tmp_path / "two"],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("summary labels=18 loss=") and done.stdout.count("\n") == 1
+    two = summary([done.stdout])
+    assert two["processes"] == "2" and float(two["loss"]) == pytest.approx(float(one["loss"]), rel=1e-5)
+    assert two["steps"] == one["steps"] and done.stdout.count("\n") == 1
+    a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    distance = sum((a[key] - b[key]).square().sum() for key in a).sqrt()
+    assert distance < 1e-3 * sum(a[key].square().sum() for key in a).sqrt()
+
+
+def test_rows_are_shared_out_evenly():
+    """Three processes, each with its own share; every micro-batch has one owner, and no share is far above the mean."""
+    rng = np.random.default_rng(0)
+    samples = [sample(rng.integers(3, 400, 60), rng.integers(3, 400, 5)) for _ in range(40)]
+    batches = train.pack(run.parse(train.Args, ["--data", "x", "--out", "y"]), samples, 0.0, 3)
+    shares = []
+    for rank in range(3):
+        processes = training.Processes()
+        processes.rank, processes.size = rank, 3
+        shares.append(processes.share(batches, 0.0))
+    assert sorted(id(batch) for share in shares for batch in share) == sorted(map(id, batches))
+    rows = [sum(batch.n_rows for batch in share) for share in shares]
+    assert max(rows) <= 1.1 * sum(rows) / 3
+
+
+def test_the_command(home, tmp_path):
+    """As a user mistypes it: exit code 2, one clear line, nothing on stdout."""
+    command = [sys.executable, ROOT / "03_train.py", "--data", home / "iter_001", "--model", home / "base"]
     done = subprocess.run([*command, "--epochs", "0", "--out", tmp_path / "no"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --epochs 0: must be more than 0\n"
