@@ -47,6 +47,42 @@ def test_prompt_is_what_the_reference_renders(template, kwargs, seed):
 
 
 @pytest.mark.parametrize("template, kwargs", CASES)
+@pytest.mark.parametrize("seed", range(10))
+def test_all_states_of_a_conversation_at_once(template, kwargs, seed):
+    """Tokenised piece by piece, each state has the ids that it has by itself."""
+    tokenizer = tiny.tokenizer(template)
+    messages = conversation(seed, roles=("user", "tool") if template == "tools" else ("user",))
+    places = [place for place, m in enumerate(messages) if m["role"] == "assistant"] or [len(messages)]
+    labels = [(place, WORDS[(seed + place) % len(WORDS)]) for place in places]
+    found = [(ids.tolist(), n_prompt) for ids, n_prompt in chat.samples(tokenizer, messages, labels, kwargs)]
+    assert found == [chat.sample(tokenizer, messages[:place], label, kwargs) for place, label in labels]
+
+
+class PutsSomethingInFront:
+    """As older SentencePiece tokenizers: a text that stands alone gets a token more than behind a special token."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def __call__(self, text, **how):
+        ids = self.inner(text, **how)["input_ids"]
+        return {"input_ids": ids if text.startswith("<|") else [7, *ids]}
+
+
+def test_a_tokenizer_that_looks_across_special_tokens_is_given_the_whole_text():
+    tokenizer = PutsSomethingInFront(tiny.tokenizer("chatml"))
+    messages = [*conversation(3), {"role": "assistant", "content": "a b"}, {"role": "user", "content": "c"}] * 2
+    labels = [(place, "label") for place, m in enumerate(messages) if m["role"] == "assistant"]
+    found = [(ids.tolist(), n_prompt) for ids, n_prompt in chat.samples(tokenizer, messages, labels)]
+    assert len(found) == 2
+    assert found == [chat.sample(tokenizer, messages[:place], label) for place, label in labels]
+    assert found[0][0][: found[0][1]] == chat.render(tokenizer.inner, messages[: labels[0][0]])
+
+
+@pytest.mark.parametrize("template, kwargs", CASES)
 def test_mask_covers_the_label_and_the_end_of_its_turn(template, kwargs):
     """Prompt, label, end: decoded each by itself, and put together they are what the template writes for that turn."""
     tokenizer = tiny.tokenizer(template)

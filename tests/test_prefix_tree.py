@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import InputError
-from common.prefix_tree import Sample, distinct_tokens, pack_per_turn, pack_tree, pad_rows
+from common.prefix_tree import Sample, Trajectory, distinct_tokens, pack_per_turn, pack_tree, pad_rows
 
 
 def sample(prompt, label, name="s"):
@@ -80,7 +80,8 @@ def test_label_that_was_executed_lies_on_the_way_to_the_next():
     [sample("abc", "d"), sample("axy", "z")],  # an overlap of one token
     [sample("abc", "d"), sample("xyz", "d")],  # none at all
     [sample("ab", "c"), sample("abc", "d"), sample("abcd", "e")],
-], ids=["one", "duplicates", "last-token", "one-token-overlap", "apart", "chain"])
+    [sample("abc", ""), sample("ab", "cd")],  # a label without tokens
+], ids=["one", "duplicates", "last-token", "one-token-overlap", "apart", "chain", "empty"])
 def test_corner_cases(samples):
     weights = [1 / (i + 2) for i in range(len(samples))]
     (batch,) = pack_tree(samples, weights, 1000)
@@ -103,6 +104,24 @@ def test_any_samples(pairs, max_rows, attention):
         assert predictions(batches) == wanted(samples, weights)
     (whole,) = pack_tree(samples, weights, 10_000)
     assert whole.n_rows == trie_size(samples) == distinct_tokens(samples)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(tokens, tokens), max_size=8))
+def test_what_a_trajectory_keeps_is_what_it_was_given(pairs):
+    kept = Trajectory("t")
+    for turn, (prompt, label) in enumerate(pairs):
+        kept.add(turn, np.array(prompt + label, np.int32), len(prompt))
+    found = kept.close().samples()
+    assert [(s.ids.tolist(), s.n_prompt) for s in found] == [(prompt + label, len(prompt)) for prompt, label in pairs]
+    assert len(kept) == len(pairs)
+
+
+def test_a_long_trajectory_is_kept_in_the_room_of_its_distinct_tokens():
+    ids, kept = np.arange(30_000, dtype=np.int32), Trajectory("t")
+    for turn in range(50):
+        kept.add(turn, ids[: 600 * (turn + 1)], 600 * (turn + 1) - 20)
+    assert len(kept.news) == 30_000 and kept.longest == 30_000
 
 
 def test_growing_conversation():
