@@ -23,8 +23,8 @@ AGGREGATE=${AGGREGATE:-current}           # current (go on from the last adapter
 SAMPLE=${SAMPLE:-96}                      # tasks per iteration
 SEED=${SEED:-0}
 WORKERS=${WORKERS:-32}                    # trajectories at once
-AGENT_FLAGS=${AGENT_FLAGS:-}              # more flags for 01 and 04, such as "--max-turns 50"
-TRAIN_FLAGS=${TRAIN_FLAGS:-}              # more flags for 03
+AGENT_FLAGS=${AGENT_FLAGS:---max-turns 9} # more flags for 01 and 04
+TRAIN_FLAGS=${TRAIN_FLAGS:---epochs 2 --batch-size 1 --lr 2e-3}  # more flags for 03: many small steps, a tiny student
 
 . common/setup.sh
 
