@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common import chat, jsonl, mixing, run
+from common import chat, jsonl, mixing, models, run
 from common.errors import InputError
 
 
@@ -212,7 +212,7 @@ def work(args: Args) -> None:
     from common import training
 
     if args.init_adapter:
-        training.check_adapter(args.init_adapter, args.model)
+        models.check_adapter(args.init_adapter, args.model)
         same["init_adapter"] = run.hash_file(Path(args.init_adapter) / "adapter_model.safetensors")
     processes = training.Processes()  # one, or those of torchrun; the first one writes
     stage = None
@@ -276,7 +276,7 @@ def prepare_data(args: Args, processes) -> tuple[list, int]:
     from common import prefix_tree, training
 
     labels, kwargs = read_labels(args.data)
-    tokenizer = training.load_tokenizer(args.model)
+    tokenizer, _ = models.load_tokenizer(args.model)
     data, n_labels, too_long = [], 0, 0
     bar = tqdm(total=sum(map(len, labels)), unit="trajectory", desc="tokenise", dynamic_ncols=True, leave=False,
                disable=not processes.first)
@@ -307,7 +307,7 @@ def prepare_model(args: Args, longest: int) -> tuple:
     """(frozen base with LoRA on it, in training mode; nf4 or none)."""
     from common import training
 
-    cuda = training.device_name() == "cuda"
+    cuda = models.device_name() == "cuda"
     quant = args.quant if args.quant != "auto" else ("nf4" if cuda else "none")
     checkpointing = args.checkpointing if args.checkpointing != "auto" else ("on" if cuda else "none")
     base = training.load_base(args.model, quant, tree=args.packing == "tree")

@@ -12,7 +12,6 @@ What it does not do: several devices, recurrent layers, attention with sinks or 
 `vllm:` and `openai:` are for big models; this is for the embedded student, for tests, and for small models on one GPU.
 """
 
-import json
 import math
 import queue
 import threading
@@ -22,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.embedded import model_path
+from common import models
 from common.errors import InfraError, InputError
 from common.linears import pack_linears
 
@@ -62,85 +61,20 @@ class _Row:
     used: int = 0  # the step that used it last
 
 
-# ---------------------------------------------------------------- loading
-
-def check_adapter(adapter: str, base: str) -> None:
-    """InputError unless `adapter` is a directory with a PEFT adapter made for the model `base`. Loads nothing."""
-    config = Path(adapter) / "adapter_config.json"
-    if not config.is_file():
-        raise InputError(f"{adapter}: no adapter there (adapter_config.json is missing); 03_train.py --out makes one")
-    try:
-        made_for = json.loads(config.read_text()).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{config}: not valid JSON ({error})") from None
-    # Only the last part of the name: a model directory may lie elsewhere on the machine that trained it.
-    if made_for and Path(made_for.rstrip("/")).name != Path(base.rstrip("/")).name:
-        raise InputError(f"{adapter}: the adapter was made for {made_for}, not for {base}; give it its own base model")
-
-
-def trained_on(adapter: str | None) -> str:
-    """nf4 or none: the quantisation of the base that 03_train.py trained `adapter` on, as its manifest says."""
-    try:
-        return json.loads((Path(adapter) / "manifest.json").read_text())["summary"]["quant"] if adapter else "none"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "none"  # an adapter from elsewhere: quant= says it
-
-
-def load_tokenizer(model: str):
-    """(tokenizer, the most tokens the model was made for or None) of a directory or hub id; InputError without one."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    try:
-        config = AutoConfig.from_pretrained(model_path(model))
-        return AutoTokenizer.from_pretrained(model_path(model)), getattr(
-            config.get_text_config(), "max_position_embeddings", None)
-    except (OSError, ValueError) as error:
-        raise InputError(_not_loaded(model, error)) from None
-
-
 def load_model(model: str, adapter: str | None = None, quant: str = "none"):
     """The causal language model, ready for inference: fp32 on CPU, bf16 on CUDA; `quant="nf4"` rounds the weights.
 
     fp32 weights take the adapter in (merged). On a CPU NF4 weights are expanded again at once: the same numbers as NF4
     training sees, at the speed of fp32. On CUDA NF4 and bf16 weights keep the adapter beside them, as in training.
     """
-    import torch
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
-    if quant == "nf4":
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(model_path(model), **options)
-    except (OSError, ValueError) as error:
-        raise InputError(_not_loaded(model, error)) from None
-    if quant == "nf4" and device == "cpu":
+    cpu = models.device_name() == "cpu"
+    loaded = models.load_base(model, quant)
+    if quant == "nf4" and cpu:
         loaded = loaded.dequantize()
     if adapter:
-        from peft import PeftModel
-
-        check_adapter(adapter, model)
-        try:
-            wrapped = PeftModel.from_pretrained(loaded, adapter)
-        except (RuntimeError, ValueError, OSError) as error:  # shapes or module names of another architecture
-            raise InputError(f"{adapter}: the adapter does not fit {model}: {_line(error)}") from None
-        loaded = wrapped.merge_and_unload() if dtype == torch.float32 else wrapped.get_base_model()
+        wrapped = models.load_adapter(loaded, model, adapter)
+        loaded = wrapped.merge_and_unload() if cpu else wrapped.get_base_model()
     return loaded.eval().requires_grad_(False)
-
-
-def _not_loaded(model: str, error: Exception) -> str:
-    if Path(model).is_dir():
-        return f"{model}: no model that transformers can load ({_line(error)})"
-    return f"{model}: no such directory, and not to be had from the Hugging Face hub ({_line(error)})"
-
-
-def _line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[:300] or type(error).__name__
 
 
 # ---------------------------------------------------------------- attention over the store

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from common import jsonl
+from common import jsonl, models
 from common.errors import InfraError, InputError
 
 KINDS = """hf:MODEL[,adapter=DIR][,quant=nf4|none]   openai:MODEL@URL   oracle   replay:FILE"""
@@ -166,12 +166,10 @@ class HfPolicy(_Plain):
 
     def __init__(self, rest: str, sampling: dict, max_context: int | None, batch: int, extra: dict):
         super().__init__(sampling)
-        from common import hf_engine
-
         self.model, *options = re.split(r",(?=[a-z_]+=)", rest)
         given = dict(option.split("=", 1) for option in options)
         self.adapter = given.pop("adapter", None)
-        self.quant = given.pop("quant", None) or hf_engine.trained_on(self.adapter)
+        self.quant = given.pop("quant", None) or models.trained_on(self.adapter)
         if given or not self.model:
             raise InputError(f"hf:{rest}: wanted hf:MODEL[,adapter=DIR][,quant=nf4|none]")
         if self.quant not in ("nf4", "none"):
@@ -182,7 +180,7 @@ class HfPolicy(_Plain):
             raise InputError(f"hf: takes no extra fields but chat_template_kwargs, not {', '.join(sorted(extra))}")
         self.adapter_hash = None
         if self.adapter:
-            hf_engine.check_adapter(self.adapter, self.model)
+            models.check_adapter(self.adapter, self.model)
             self.adapter_hash = hash_adapter(self.adapter)
         if self.model.startswith((".", "/", "~")) and not Path(self.model).is_dir():
             raise InputError(f"hf:{self.model}: no such directory")
@@ -199,7 +197,7 @@ class HfPolicy(_Plain):
         from common import chat, hf_engine
 
         if self.tokenizer is None:
-            self.tokenizer, longest = hf_engine.load_tokenizer(self.model)
+            self.tokenizer, longest = models.load_tokenizer(self.model)
             self.max_context = min(x for x in (self.max_context, longest, 2**31) if x)
             self.turn_end = chat.end_of_turn(self.tokenizer, self.template_kwargs)
             self.engine = hf_engine.Engine(

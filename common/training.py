@@ -17,17 +17,10 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from common import linears, prefix_tree
-from common.embedded import model_path
+from common import linears, models, prefix_tree
 from common.errors import InputError
 
 FLEX_BLOCK = 128
-
-
-def device_name() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Processes:
@@ -68,7 +61,7 @@ class Processes:
             return values
         import torch
 
-        sums = torch.tensor(values, dtype=torch.float64, device=device_name())
+        sums = torch.tensor(values, dtype=torch.float64, device=models.device_name())
         torch.distributed.all_reduce(sums)
         return sums.tolist()
 
@@ -91,38 +84,10 @@ class Processes:
             torch.distributed.destroy_process_group()
 
 
-def load_tokenizer(model: str) -> Any:
-    """The tokenizer of --model. Raises InputError where there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model_path(model))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--model {model}: no tokenizer there ({_first_line(error)})") from None
-
-
 def load_base(model: str, quant: str, tree: bool) -> Any:
-    """The frozen base model. quant: nf4 (double quantisation) or none; fp32 on CPU, bf16 on CUDA."""
-    import torch
-    import transformers
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    transformers.utils.logging.disable_progress_bar()
-    device = device_name()
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    options = {"dtype": dtype, "device_map": {"": torch.cuda.current_device() if device == "cuda" else device}}
-    options["attn_implementation"] = "flex_attention" if tree and device == "cuda" else "sdpa"
-    if quant == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    try:
-        base = AutoModelForCausalLM.from_pretrained(model_path(model), **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--model {model}: not loaded ({_first_line(error)})") from None
+    """The frozen base model in training mode. quant: nf4 or none; fp32 on CPU, bf16 on CUDA."""
+    attention = "flex_attention" if tree and models.device_name() == "cuda" else "sdpa"
+    base = models.load_base(model, quant, attn_implementation=attention)
     base.config.use_cache = False
     # Training mode from the start: one forward pass in eval mode and bitsandbytes repacks NF4 weights on CPU for a
     # kernel that has no gradient, so that what is trained afterwards is silently wrong.
@@ -132,7 +97,7 @@ def load_base(model: str, quant: str, tree: bool) -> Any:
 def add_lora(base: Any, model: str, init_adapter: str | None, rank: int, alpha: int, seed: int) -> Any:
     """The base with LoRA on all linear layers: fresh, or going on from `init_adapter` (InputError if it does not fit)."""
     import torch
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
     if init_adapter is None:
@@ -141,14 +106,7 @@ def add_lora(base: Any, model: str, init_adapter: str | None, rank: int, alpha: 
         )
         peft_model = get_peft_model(base, config)
     else:
-        check_adapter(init_adapter, model)
-        try:
-            peft_model = PeftModel.from_pretrained(base, init_adapter, is_trainable=True)
-        except (RuntimeError, ValueError, OSError) as error:
-            raise InputError(
-                f"--init-adapter {init_adapter} does not fit {model} ({_first_line(error)}): give the --model that it "
-                "was trained on, or leave --init-adapter out"
-            ) from None
+        peft_model = models.load_adapter(base, model, init_adapter, trainable=True)
     # As given on the command line, so that an adapter says the same on every machine.
     peft_model.peft_config["default"].base_model_name_or_path = model
     linears.pack_linears(getattr(base, base.base_model_prefix), backward=True)
@@ -162,23 +120,6 @@ def _linear_layers(base: Any) -> list[str]:
     transformer = getattr(base, base.base_model_prefix)
     linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
     return sorted({name.rpartition(".")[2] for name in linear})
-
-
-def check_adapter(directory: str, model: str) -> None:
-    """Raises InputError unless `directory` holds a PEFT adapter that was trained on `model`."""
-    path = Path(directory) / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"--init-adapter {directory}: {path.name}: {error.strerror}; give a directory that 03_train "
-                         "wrote") from None
-    except ValueError:
-        raise InputError(f"--init-adapter {directory}: {path.name} is not JSON") from None
-    of = config.get("base_model_name_or_path") or ""
-    if of != model and os.path.realpath(model_path(of)) != os.path.realpath(model_path(model)):
-        raise InputError(
-            f"--init-adapter {directory} is an adapter of {of}, not of {model}: give --model {of}, or another adapter"
-        )
 
 
 def checkpointing(peft_model: Any, how: str) -> None:
@@ -411,7 +352,3 @@ def peak_memory_mb() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:300]

@@ -4,5 +4,9 @@ set -euo pipefail
 . "$(dirname "$0")/../common/setup.sh"
 marks=(-m "not slow")
 [ "${1:-}" = --slow ] && { marks=(); shift; }
-[ $# -gt 0 ] || set -- tests
+if [ $# = 0 ]; then
+    set -- tests
+    # Two at once. One thread each: two programs that both want every core slow torch down tenfold.
+    [ ${#marks[@]} = 0 ] || { export OMP_NUM_THREADS=1; set -- -n 2 --dist worksteal tests; }
+fi
 exec "$PYTHON" -m pytest -c tests/pytest.ini "${marks[@]}" "$@"

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from common import hf_engine
+from common import hf_engine, models
 from common.errors import InfraError, InputError
 
 
@@ -258,7 +258,7 @@ def test_adapter_of_another_model(tmp_path):
     path, wider = tiny.model_dir(tmp_path), tiny.model_dir(tmp_path, hidden=128)
     named = adapter_dir(wider, tmp_path / "named")
     with pytest.raises(InputError, match="made for .*128.*, not for .*64"):
-        hf_engine.check_adapter(named, path)
+        models.check_adapter(named, path)
     disguised = adapter_dir(wider, tmp_path / "disguised", name=path)
     machine = engine(path, adapter=disguised)
     with pytest.raises(InputError, match="does not fit"):

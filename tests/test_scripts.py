@@ -116,7 +116,7 @@ def test_every_visited_state_has_exactly_one_label_and_it_is_the_teachers(iterat
     assert int(counted["executed"]) + int(counted["queried"]) == states
 
 
-@pytest.mark.parametrize("workers", [1, 5])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_workers_do_not_change_the_files(iteration, student, tmp_path, workers):
     home, _, _ = iteration
     collect(tmp_path / "trajectories.jsonl", student, "--workers", workers)
@@ -233,6 +233,7 @@ def test_predictions_with_unknown_or_double_ids_are_refused(tmp_path):
         assert done.returncode == 2 and message in done.stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_exit_1_and_loses_nothing(tmp_path, student):
     """A file system of 64 KB fills up in the middle of the run; with room again the same command finishes."""
     if os.geteuid() != 0:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import chat, jsonl, prefix_tree, run, training
+from common import chat, jsonl, models, prefix_tree, run, training
 from common.errors import InputError
 from common.prefix_tree import Sample
 from tests import tiny
@@ -355,7 +355,7 @@ def test_train_then_load_then_go_on(home):
     assert distance < 1e-2 * sum(a[key].square().sum() for key in a).sqrt()
 
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out)
-    (samples, *_), _ = tokenised([str(data)], training.load_tokenizer(str(base)))
+    (samples, *_), _ = tokenised([str(data)], models.load_tokenizer(str(base))[0])
     tuned = reference_loss(loaded, samples)
     with loaded.disable_adapter():
         assert tuned < 0.7 * reference_loss(loaded, samples)
@@ -389,10 +389,12 @@ def test_same_seed_same_adapter(home):
     assert (home / "a" / "adapter_config.json").read_text() == (home / "b" / "adapter_config.json").read_text()
 
 
-def test_a_stopped_run_goes_on_to_the_same_adapter(home, tmp_path):
-    """SIGTERM, then kill -9, each in the middle; the end is that of a run that was left alone, log included."""
+@pytest.mark.parametrize("stops", [
+    (signal.SIGKILL,), pytest.param((signal.SIGTERM, signal.SIGKILL), marks=pytest.mark.slow)], ids=["kill", "term-kill"])
+def test_a_stopped_run_goes_on_to_the_same_adapter(home, tmp_path, stops):
+    """Stopped in the middle; the end is that of a run that was left alone, log included."""
     common = ("--data", home / "iter_001", "--model", home / "base", "--epochs", 15, "--save-every", 0)
-    for out, stops in ((tmp_path / "whole", ()), (tmp_path / "stopped", (signal.SIGTERM, signal.SIGKILL))):
+    for out, stops in ((tmp_path / "whole", ()), (tmp_path / "stopped", stops)):
         log = out / "training_log.jsonl"
         for number, stop in enumerate(stops, start=1):
             command = [sys.executable, ROOT / "03_train.py", *map(str, common), "--out", out]
@@ -411,7 +413,8 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(home, tmp_path):
     assert a == b
 
 
-@pytest.mark.parametrize("packing", ["tree", pytest.param("per-turn", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["tree", "per-turn"])
 def test_two_processes_train_as_one(home, tmp_path, packing):
     """Two gloo processes under torchrun share the rows of every step; the adapter is that of one to rounding."""
     from safetensors.torch import load_file
@@ -518,7 +521,7 @@ def test_bad_settings(tmp_path, home):
     assert "every label is longer than --max-context 10" in bad(tmp_path, home, "--max-context", 10)
     assert "toy-1.i1.a0, turn 0, has" in bad(tmp_path, home, "--tokens-per-batch", 20)
     assert "nowhere" in bad(tmp_path, home, "--data", tmp_path / "nowhere")
-    assert "--init-adapter" in bad(tmp_path, home, "--init-adapter", tmp_path / "none")
+    assert "no adapter there" in bad(tmp_path, home, "--init-adapter", tmp_path / "none")
     assert "no/such/model" in bad(tmp_path, home, model=tmp_path / "no/such/model")
 
 

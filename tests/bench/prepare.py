@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common import prefix_tree, training  # noqa: E402
+from common import models, prefix_tree, training  # noqa: E402
 
 train = importlib.import_module("03_train")
 WORDS = "def return self value index error test module import path name result list assert None True for in if not".split()
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="whose tokenizer")
     parser.add_argument("--ids", action="store_true", help="random ids instead of text: memory alone")
     args = parser.parse_args()
-    training.load_tokenizer(args.model)
+    models.load_tokenizer(args.model)
     import torch  # noqa: F401  so that the memory at the start is that of the program
 
     at_start = memory_mb()
