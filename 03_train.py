@@ -46,6 +46,8 @@ class Args:
     """tree: shared tokens once; per-turn: each label with its whole prompt"""
     quant: Literal["auto", "nf4", "none"] = "auto"
     """the frozen base: nf4 is QLoRA; auto is nf4 on CUDA, none on CPU"""
+    dtype: Literal["auto", "bf16"] = "auto"
+    """auto: bf16 on CUDA, fp32 on CPU; bf16: the frozen layers also on a CPU that has instructions for it"""
     epochs: int = 3
     """passes over the data"""
     lr: float = 1e-3
@@ -312,7 +314,8 @@ def prepare_model(args: Args, longest: int) -> tuple:
     checkpointing = args.checkpointing if args.checkpointing != "auto" else ("on" if cuda else "none")
     base = training.load_base(args.model, quant, tree=args.packing == "tree")
     training.probe(base, args.packing == "tree", longest)
-    model = training.add_lora(base, args.model, args.init_adapter, args.lora_rank, args.lora_alpha, args.seed)
+    model = training.add_lora(base, args.model, args.init_adapter, args.lora_rank, args.lora_alpha, args.seed,
+                              bf16=args.dtype == "bf16")
     training.checkpointing(model, checkpointing)
     return model, quant
 

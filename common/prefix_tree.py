@@ -90,8 +90,7 @@ class Batch:
 
     ids: np.ndarray  # (B, L) int64
     depth: np.ndarray  # (B, L) int64, the position of a row in its sample
-    end: np.ndarray | None  # (1, L) int64 on the tree: end of the row's subtree
-    lengths: np.ndarray | None  # (B,) int64 with one sample per line: rows that are not padding
+    end: np.ndarray | None  # (1, L) int64, end of the row's subtree; None: one sample per line, padded on the right
     rows: np.ndarray  # (P,) int64 into the B * L rows: the row that predicts
     targets: np.ndarray  # (P,) int64, the token that it should predict
     weights: np.ndarray  # (P,) float32, the share of that token in the loss of the optimiser step
@@ -149,7 +148,6 @@ def pad_rows(batch: Batch, length: int) -> Batch:
         ids=np.pad(batch.ids, ((0, 0), (0, more))),
         depth=np.pad(batch.depth, ((0, 0), (0, more))),
         end=np.concatenate([batch.end, new[None, :]], axis=1),
-        lengths=None,
         rows=batch.rows,
         targets=batch.targets,
         weights=batch.weights,
@@ -229,7 +227,6 @@ def _tree(samples: Sequence[Sample], weights: Sequence[float], shared: Sequence[
         ids=ids[None, :],
         depth=depth[None, :],
         end=end[None, :],
-        lengths=None,
         rows=np.concatenate(rows),
         targets=np.concatenate(targets).astype(np.int64),
         weights=np.concatenate(shares).astype(np.float32),
@@ -237,8 +234,7 @@ def _tree(samples: Sequence[Sample], weights: Sequence[float], shared: Sequence[
 
 
 def _lines(samples: Sequence[Sample], weights: Sequence[float]) -> Batch:
-    lengths = np.array([len(sample.ids) for sample in samples], np.int64)
-    width = int(lengths.max())
+    width = max(len(sample.ids) for sample in samples)
     ids = np.zeros((len(samples), width), np.int64)
     for line, sample in zip(ids, samples):
         line[: len(sample.ids)] = sample.ids
@@ -247,7 +243,6 @@ def _lines(samples: Sequence[Sample], weights: Sequence[float]) -> Batch:
         ids=ids,
         depth=np.broadcast_to(np.arange(width), ids.shape).copy(),
         end=None,
-        lengths=lengths,
         rows=np.concatenate(rows),
         targets=np.concatenate([s.ids[s.n_prompt :] for s in samples]).astype(np.int64),
         weights=np.concatenate([np.full(s.n_label, w) for s, w in zip(samples, weights)]).astype(np.float32),

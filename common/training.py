@@ -1,9 +1,10 @@
 """The model side of training: load the base (plain or NF4), put LoRA on it, run packed rows, save the adapter.
 
 On the prefix tree a row may see its ancestors only. On CUDA that is a FlexAttention block mask made from the vector
-`end`, on CPU (where flex has no backward) a 4D bool mask through SDPA. Never `eager` with a bool mask: it would add
-it. Never attention_mask=None with positions that start again: transformers reads that as packed documents.
-`probe` tries on the loaded model that branches really do not see each other.
+`end`, on CPU (where flex has no backward) a dense mask through SDPA's own kernel, which is told besides that no row
+looks ahead: half of the work. Never `eager` with a bool mask: it would add it. Never attention_mask=None with positions
+that start again: transformers reads that as packed documents. `probe` tries on the loaded model that branches really do
+not see each other.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from common import linears, models, prefix_tree
 from common.errors import InputError
 
 FLEX_BLOCK = 128
+DENSE_ATTENTION = 2.0  # how much longer a FLOP of attention takes than one of a linear layer, on CPU
 
 
 class Processes:
@@ -89,13 +91,44 @@ def load_base(model: str, quant: str, tree: bool) -> Any:
     attention = "flex_attention" if tree and models.device_name() == "cuda" else "sdpa"
     base = models.load_base(model, quant, attn_implementation=attention)
     base.config.use_cache = False
+    if tree and attention == "sdpa" and base._supports_attention_backend:
+        from transformers import AttentionInterface
+
+        AttentionInterface.register("swe_dagger_tree", _attend)
+        base.set_attn_implementation("swe_dagger_tree")
     # Training mode from the start: one forward pass in eval mode and bitsandbytes repacks NF4 weights on CPU for a
     # kernel that has no gradient, so that what is trained afterwards is silently wrong.
     return base.requires_grad_(False).train()
 
 
-def add_lora(base: Any, model: str, init_adapter: str | None, rank: int, alpha: int, seed: int) -> Any:
-    """The base with LoRA on all linear layers: fresh, or going on from `init_adapter` (InputError if it does not fit)."""
+def _attend(module, query, key, value, attention_mask, scaling=None, **rest):
+    """transformers' attention interface on a CPU. query (1, H, L, D), key and value (1, K, L, D) -> (1, L, H, D), None.
+
+    The public function takes a mask or is_causal, the operator below it takes both and skips what lies ahead.
+    """
+    import torch
+
+    if rest.get("softcap") or rest.get("s_aux") is not None:
+        raise InputError("this model's attention has soft caps or sinks, which the prefix tree does not know: take "
+                         "--packing per-turn")
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    if kernel and query.shape == value.shape:
+        seen = kernel(query, key, value, 0.0, True, attn_mask=attention_mask, scale=scaling)[0]
+    else:
+        seen = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attention_mask, is_causal=attention_mask is None, scale=scaling)  # fmt: skip
+    return seen.transpose(1, 2), None
+
+
+def add_lora(
+    base: Any, model: str, init_adapter: str | None, rank: int, alpha: int, seed: int, bf16: bool = False
+) -> Any:
+    """The base with LoRA on all linear layers: fresh, or going on from `init_adapter` (InputError if it does not fit).
+
+    `bf16`: on a CPU, the frozen layers in bf16 where it has instructions for it (linears.py); on CUDA they always are.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -109,7 +142,7 @@ def add_lora(base: Any, model: str, init_adapter: str | None, rank: int, alpha: 
         peft_model = models.load_adapter(base, model, init_adapter, trainable=True)
     # As given on the command line, so that an adapter says the same on every machine.
     peft_model.peft_config["default"].base_model_name_or_path = model
-    linears.pack_linears(getattr(base, base.base_model_prefix), backward=True)
+    linears.pack_linears(getattr(base, base.base_model_prefix), backward=True, bf16=bf16)
     return peft_model
 
 
@@ -142,15 +175,13 @@ def hidden_rows(base: Any, batch: prefix_tree.Batch, offload: bool = False) -> A
     device = base.device
     transformer = getattr(base, base.base_model_prefix)
     on_cpu = torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda") if offload else contextlib.nullcontext()
-    if batch.lengths is None and base.config._attn_implementation == "flex_attention":
+    if batch.end is not None and base.config._attn_implementation == "flex_attention":
         batch = prefix_tree.pad_rows(batch, _padded(batch.ids.shape[1]))
     inputs = {"input_ids": torch.from_numpy(batch.ids).to(device)}
-    if batch.lengths is None:
+    if batch.end is not None:
         inputs["position_ids"] = torch.from_numpy(batch.depth).to(device)
         inputs["attention_mask"] = _tree_mask(base, torch.from_numpy(batch.end[0]).to(device))
-    else:
-        lengths = torch.from_numpy(batch.lengths)[:, None]
-        inputs["attention_mask"] = (torch.arange(batch.ids.shape[1])[None, :] < lengths).long().to(device)
+    # One sample per line needs no mask: no row looks ahead, and padding stands behind.
     with autocast(device), on_cpu:
         hidden = transformer(**inputs, use_cache=False).last_hidden_state  # (B, L, H)
     return hidden.flatten(0, 1)[torch.from_numpy(batch.rows).to(device)]
@@ -170,7 +201,7 @@ def _padded(length: int) -> int:
 
 
 def _tree_mask(base: Any, end: Any) -> Any:
-    """Row q sees row k iff k <= q < end[k]. A BlockMask for flex, else bool of shape (1, 1, L, L)."""
+    """Row q sees row k iff k <= q < end[k]. A BlockMask for flex, else (1, 1, L, L): bool, or 0 and -inf."""
     import torch
 
     length = end.shape[0]
@@ -182,7 +213,10 @@ def _tree_mask(base: Any, end: Any) -> Any:
 
         return create_block_mask(sees, None, None, length, length, device=end.device, _compile=True)
     row = torch.arange(length, device=end.device)
-    return ((row[None, :] <= row[:, None]) & (row[:, None] < end[None, :]))[None, None]
+    seen = ((row[None, :] <= row[:, None]) & (row[:, None] < end[None, :]))[None, None]
+    if base.config._attn_implementation == "sdpa":
+        return seen
+    return torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
 
 
 def attention_cost(base: Any) -> float:
@@ -199,7 +233,7 @@ def attention_cost(base: Any) -> float:
     config = base.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     looked_at = 2 * config.num_hidden_layers * config.num_attention_heads * width
-    return looked_at / sum(module.in_features * module.out_features for module in linear)
+    return DENSE_ATTENTION * looked_at / sum(module.in_features * module.out_features for module in linear)
 
 
 def probe(base: Any, tree: bool, longest: int) -> None:

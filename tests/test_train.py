@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import chat, jsonl, models, prefix_tree, run, training
+from common import chat, jsonl, linears, models, prefix_tree, run, training
 from common.errors import InputError
 from common.prefix_tree import Sample
 from tests import tiny
@@ -132,10 +132,10 @@ def test_learning_rate_rises_then_falls_to_nothing():
 # ---------------------------------------------------------------- both packings, the same gradient
 
 
-def lora_model(path, seed=0):
+def lora_model(path, seed=0, bf16=False):
     """A frozen base with LoRA whose B is not zero, so that both halves have a gradient."""
     base = training.load_base(path, "none", tree=True)
-    model = training.add_lora(base, path, None, 4, 8, seed)
+    model = training.add_lora(base, path, None, 4, 8, seed, bf16)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -179,6 +179,36 @@ def assert_equal(model, samples, loss_norm="token", layouts=((4096, 0.0),)):
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
 def model(request, tmp_path_factory):
     return lora_model(tiny.model_dir(tmp_path_factory.mktemp("model"), request.param, "chatml"))
+
+
+def test_attention_is_what_its_mask_says():
+    """The kernel that takes a mask and looks no further, and the public function where that kernel does not fit."""
+    torch.manual_seed(0)
+    end = torch.tensor([9, 9, 5, 4, 5, 9, 8, 8, 9])
+    row = torch.arange(9)
+    tree = (row[None, :] <= row[:, None]) & (row[:, None] < end[None, :])
+    for mask, seen in ((torch.zeros(1, 1, 9, 9).masked_fill_(~tree, -torch.inf), tree), (None, row[None, :] <= row[:, None])):
+        for width in (16, 24):  # values as wide as keys, or wider
+            query, key, value = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, width)
+            found, _ = training._attend(None, query, key, value, mask, scaling=0.3)
+            for head in range(4):
+                scores = 0.3 * query[0, head] @ key[0, head // 2].T
+                expected = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value[0, head // 2]
+                assert torch.allclose(found[0, :, head], expected, atol=1e-6)
+    with pytest.raises(InputError, match="per-turn"):
+        training._attend(None, query, key, value, None, softcap=30.0)
+
+
+def test_bf16_layers_give_nearly_the_same_gradient(tmp_path):
+    path = tiny.model_dir(tmp_path, "llama", "chatml")
+    found, _ = tokenised([iteration(tmp_path, n=2)], tiny.tokenizer("chatml"))
+    samples = [sample for samples in found for sample in samples]
+    batches = prefix_tree.pack_tree(samples, train.token_weights(samples, "token"), 4096)
+    (nll, gradient), (nll_bf16, gradient_bf16) = (loss_and_gradient(lora_model(path, bf16=bf16), batches)
+                                                  for bf16 in (False, True))
+    assert abs(nll_bf16 - nll) <= 1e-2 * nll
+    assert (gradient_bf16 - gradient).norm() <= 3e-2 * gradient.norm()
+    assert torch.equal(gradient_bf16, gradient) is not linears.multiplies_bf16()
 
 
 @pytest.mark.parametrize("template, kwargs, think, loss_norm", [
