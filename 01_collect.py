@@ -11,7 +11,7 @@ writes  --out FILE: one trajectory a line; FILE.manifest.json, FILE.log, FILE.in
     python 01_collect.py --tasks mine.jsonl --teacher openai:MODEL@http://localhost:8000/v1 --student hf:MODEL \\
         --schedule paper --iteration 2 --out runs/mine/iter_002/trajectories.jsonl
 
-policies: hf:MODEL[,adapter=DIR][,quant=nf4|none][,dtype=bf16]   openai:MODEL@URL   oracle (toy tasks)   replay:FILE
+policies: hf:MODEL[,adapter=DIR][,quant=nf4|none]   openai:MODEL@URL   oracle (toy tasks)   replay:FILE
 Stop it at any moment: the same command goes on. Another setting for the same file is refused and named.
 """
 

@@ -195,8 +195,7 @@ class Engine:
     """generate() from any thread; the model runs in one thread of its own and is loaded with the first request."""
 
     def __init__(self, model: str, adapter: str | None, quant: str, *, stop: set[int], temperature: float,
-                 top_p: float, rows: int, bf16: bool = False):
-        self.bf16 = bf16  # on a CPU: the layers, not the head, whose logits would tie
+                 top_p: float, rows: int):
         self.spec, self.stop, self.temperature, self.top_p = (model, adapter, quant), set(stop), temperature, top_p
         self.most_rows = max(1, rows)
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()
@@ -276,7 +275,6 @@ class Engine:
         self.model, self.device = model, next(model.parameters()).device
         if self.device.type == "cpu":
             with torch.inference_mode():
-                pack_linears(getattr(model, model.base_model_prefix), bf16=self.bf16)
                 pack_linears(model)
         eos = model.generation_config.eos_token_id
         self.stop |= set(eos if isinstance(eos, list) else [eos]) - {None}

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 from common import jsonl, models
 from common.errors import InfraError, InputError
 
-KINDS = """hf:MODEL[,adapter=DIR][,quant=nf4|none][,dtype=bf16]   openai:MODEL@URL   oracle   replay:FILE"""
+KINDS = """hf:MODEL[,adapter=DIR][,quant=nf4|none]   openai:MODEL@URL   oracle   replay:FILE"""
 
 # openai: a request is given up after so many tries, or when the next one would begin after so many seconds
 TRIES = 5
@@ -170,13 +170,10 @@ class HfPolicy(_Plain):
         given = dict(option.split("=", 1) for option in options)
         self.adapter = given.pop("adapter", None)
         self.quant = given.pop("quant", None) or models.trained_on(self.adapter)
-        self.dtype = given.pop("dtype", "auto")
         if given or not self.model:
-            raise InputError(f"hf:{rest}: wanted hf:MODEL[,adapter=DIR][,quant=nf4|none][,dtype=bf16]")
+            raise InputError(f"hf:{rest}: wanted hf:MODEL[,adapter=DIR][,quant=nf4|none]")
         if self.quant not in ("nf4", "none"):
             raise InputError(f"hf:{rest}: quant={self.quant} is neither nf4 nor none")
-        if self.dtype not in ("auto", "bf16"):
-            raise InputError(f"hf:{rest}: dtype={self.dtype} is neither auto (bf16 on CUDA, fp32 on CPU) nor bf16")
         self.name, self.extra = f"hf:{self.model}", extra
         self.template_kwargs = dict(extra.get("chat_template_kwargs") or {})
         if set(extra) - {"chat_template_kwargs"}:
@@ -193,8 +190,7 @@ class HfPolicy(_Plain):
 
     def describe(self) -> dict:
         return super().describe() | {
-            "adapter": self.adapter, "adapter_hash": self.adapter_hash, "quantisation": self.quant,
-        } | ({} if self.dtype == "auto" else {"dtype": self.dtype})  # fmt: skip
+            "adapter": self.adapter, "adapter_hash": self.adapter_hash, "quantisation": self.quant}  # fmt: skip
 
     def _open(self) -> None:
         """Tokenizer and engine, with the first question. Called with the lock held."""
@@ -205,7 +201,7 @@ class HfPolicy(_Plain):
             self.max_context = min(x for x in (self.max_context, longest, 2**31) if x)
             self.turn_end = chat.end_of_turn(self.tokenizer, self.template_kwargs)
             self.engine = hf_engine.Engine(
-                self.model, self.adapter, self.quant, stop={self.turn_end[-1]}, rows=self.batch, bf16=self.dtype == "bf16",
+                self.model, self.adapter, self.quant, stop={self.turn_end[-1]}, rows=self.batch,
                 temperature=self.sampling["temperature"], top_p=self.sampling["top_p"])  # fmt: skip
 
     def act(self, row: dict, messages: list[dict], *, seed: int, episode: str, turn: int, attempt: int) -> Answer:

@@ -93,7 +93,10 @@ def main(args_class: type, work: typing.Callable) -> typing.NoReturn:
     code = 1
     try:
         work(args)
+        sys.stdout.flush()
         code = 0
+    except BrokenPipeError:  # whoever read our output has read enough (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except InputError as error:
         code = 2
         print(f"error: {error}", file=sys.stderr)

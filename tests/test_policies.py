@@ -39,7 +39,6 @@ def test_an_unknown_policy_lists_the_known_ones(spec):
     [
         ("hf:/no/such/model", "no such directory"),
         ("hf:m,quant=int3", "neither nf4 nor none"),
-        ("hf:m,dtype=fp8", "neither auto .* nor bf16"),
         ("hf:m,adpater=x", "wanted hf:MODEL"),
         ("hf:m,adapter=/no/such", "adapter_config.json is missing"),
         ("openai:m", "wanted openai:MODEL@URL"),
@@ -171,7 +170,6 @@ def test_hf_describes_itself_without_loading(tmp_path):
     }  # fmt: skip
     (adapter / "adapter_model.safetensors").write_bytes(b"other weights")
     assert open_policy(f"hf:org/tiny,adapter={adapter},quant=nf4").describe()["adapter_hash"] != one["adapter_hash"]
-    assert open_policy("hf:org/tiny,dtype=bf16").describe()["dtype"] == "bf16"
     assert open_policy(f"hf:org/tiny,adapter={adapter}").quant == "none"
     (adapter / "manifest.json").write_text('{"summary": {"quant": "nf4"}}')  # what 03_train.py leaves there
     assert open_policy(f"hf:org/tiny,adapter={adapter}").describe()["quantisation"] == "nf4"

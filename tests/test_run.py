@@ -62,6 +62,34 @@ def test_help_answers_at_once(script):
     assert done.stdout.strip().endswith("[]"), done.stderr
 
 
+@pytest.mark.parametrize("lines", [3, 100_000])
+def test_a_reader_that_has_read_enough_is_no_error(tmp_path, lines):
+    """script | head"""
+    script = tmp_path / "script.py"
+    script.write_text(f'''
+"""prints"""
+import time
+from dataclasses import dataclass
+from common import run
+
+@dataclass
+class Args:
+    n: int = {lines}
+    """lines"""
+
+def work(args):
+    time.sleep(0.5)
+    for number in range(args.n):
+        print(number)
+
+run.main(Args, work)''')
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path,
+                               env={"PYTHONPATH": str(ROOT)})  # fmt: skip
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 1
+    process.stderr.close()
+
+
 def test_same_work_goes_on_and_other_work_is_refused(tmp_path):
     out = str(tmp_path / "deep" / "t.jsonl")
     args = Args(out)
