@@ -199,6 +199,12 @@ def test_attention_is_what_its_mask_says():
         training._attend(None, query, key, value, None, softcap=30.0)
 
 
+def test_what_attention_costs_does_not_depend_on_how_layers_are_kept(tmp_path):
+    path = tiny.model_dir(tmp_path, "llama", "chatml")
+    plain = training.attention_cost(training.load_base(path, "none", tree=True))
+    assert 0.5 * plain < training.attention_cost(lora_model(path).get_base_model()) <= plain  # LoRA adds some weights
+
+
 def test_bf16_layers_give_nearly_the_same_gradient(tmp_path):
     path = tiny.model_dir(tmp_path, "llama", "chatml")
     found, _ = tokenised([iteration(tmp_path, n=2)], tiny.tokenizer("chatml"))
@@ -398,6 +404,22 @@ def test_train_then_load_then_go_on(home):
     assert float(summary(dry)["loss"]) < 0.7 * log[0]["loss"]  # it starts where the first ended
     on = script("--data", data, "--model", base, "--init-adapter", out, "--out", home / "on", "--max-steps", 1)
     assert summary(on)["steps"] == "1"
+
+
+def test_loraplus_and_bf16(home):
+    """A first step of Adam is as long as the rate: B moves by --lr times the ratio, A (whose gradient is 0) not at all."""
+    from safetensors.torch import load_file
+
+    common = ("--data", home / "iter_001", "--model", home / "base", "--lr", "1e-3", "--warmup", 0, "--max-steps", 1)
+    for ratio, dtype in ((1, "auto"), (8, "bf16")):
+        out = home / f"ratio-{ratio}"
+        done = summary(script(*common, "--out", out, "--loraplus-lr-ratio", ratio, "--dtype", dtype))
+        assert done["dtype"] == ("bf16" if dtype == "bf16" and linears.multiplies_bf16() else "fp32")
+        weights = load_file(out / "adapter_model.safetensors")
+        moved = torch.cat([weight.flatten() for name, weight in weights.items() if "lora_B" in name]).abs()
+        assert moved.max().item() == pytest.approx(1e-3 * ratio, rel=0.01)
+    other = load_file(home / "ratio-1" / "adapter_model.safetensors")
+    assert all(torch.equal(other[name], weight) for name, weight in weights.items() if "lora_A" in name)
 
 
 def reference_loss(model, samples):
