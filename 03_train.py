@@ -68,8 +68,6 @@ class Args:
     """rank r of LoRA on all linear layers"""
     lora_alpha: int = 32
     """scale of LoRA, alpha / r"""
-    loraplus_lr_ratio: float = 1.0
-    """learning rate of LoRA's B matrices : that of its A matrices, which is --lr (LoRA+, arXiv 2402.12354)"""
     clip: float = 1.0
     """largest norm of the gradient"""
     checkpointing: Literal["auto", "none", "on", "offload"] = "auto"
@@ -146,7 +144,6 @@ def tokenise(record: dict, labels: dict[int, str], tokenizer, kwargs: dict, max_
 # ---------------------------------------------------------------- the loss and the steps
 
 
-BETAS = (0.9, 0.95)  # of AdamW; a memory of 1,000 steps, as by default, is longer than most of our runs
 LOGITS = 2**24  # how many logits there are at once: 64 MB of fp32
 
 
@@ -266,8 +263,7 @@ def work(args: Args) -> None:
 
 
 def check(args: Args) -> None:
-    for name in ("epochs", "lr", "batch_size", "tokens_per_batch", "max_context", "lora_rank", "lora_alpha",
-                 "loraplus_lr_ratio", "clip"):
+    for name in ("epochs", "lr", "batch_size", "tokens_per_batch", "max_context", "lora_rank", "lora_alpha", "clip"):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be more than 0")
     if args.max_steps is not None and args.max_steps < 1:
@@ -340,10 +336,7 @@ def train(args: Args, data: list, model, out: Path | None, processes) -> dict:
     attention = training.attention_cost(base)
     steps = plan(len(data), args.batch_size, args.epochs if out else 1, args.max_steps if out else None, args.seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    second = [p for name, p in model.named_parameters() if p.requires_grad and "lora_B" in name]
-    first = [p for p in parameters if not any(p is other for other in second)]
-    groups = [{"params": first, "ratio": 1.0}, {"params": second, "ratio": args.loraplus_lr_ratio}]
-    optimiser = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
     count = {"steps": 0, "rows": 0, "seconds": 0.0, "epochs": {}}  # epoch -> [sum of -log p, label tokens]
     if out:
         count = training.load_state(out, parameters, optimiser) or count
@@ -364,7 +357,7 @@ def train(args: Args, data: list, model, out: Path | None, processes) -> dict:
         if out:
             rate = args.lr * learning_rate(number, len(steps), args.warmup)
             for group in optimiser.param_groups:
-                group["lr"] = rate * group["ratio"]
+                group["lr"] = rate
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
             optimiser.step()
         optimiser.zero_grad(set_to_none=True)

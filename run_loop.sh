@@ -24,8 +24,8 @@ SAMPLE=${SAMPLE:-96}                      # tasks per iteration
 SEED=${SEED:-0}
 WORKERS=${WORKERS:-32}                    # trajectories at once
 AGENT_FLAGS=${AGENT_FLAGS:---max-turns 9} # more flags for 01 and 04
-TRAIN_FLAGS=${TRAIN_FLAGS:---epochs 2 --batch-size 1 --loraplus-lr-ratio 8 --dtype bf16}  # for 03: many small steps suit a
-                                          # tiny student, a large one wants --lr 1e-4 and larger steps
+TRAIN_FLAGS=${TRAIN_FLAGS:---epochs 2 --batch-size 1 --lr 2e-3}  # more flags for 03; many small steps suit a tiny student,
+                                          # a large one wants --lr 1e-4 and larger steps
 
 . common/setup.sh
 
