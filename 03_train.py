@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common import chat, jsonl, linears, mixing, models, run
+from common import chat, jsonl, mixing, models, run
 from common.errors import InputError
 
 
@@ -46,8 +46,6 @@ class Args:
     """tree: shared tokens once; per-turn: each label with its whole prompt"""
     quant: Literal["auto", "nf4", "none"] = "auto"
     """the frozen base: nf4 is QLoRA; auto is nf4 on CUDA, none on CPU"""
-    dtype: Literal["auto", "bf16"] = "auto"
-    """auto: bf16 on CUDA, fp32 on CPU; bf16: the frozen layers also on a CPU, if it has instructions for it"""
     epochs: int = 3
     """passes over the data"""
     lr: float = 1e-3
@@ -250,7 +248,6 @@ def work(args: Args) -> None:
         "seconds": time.time() - started + trained["seconds_before"],
         "labels_too_long": too_long,
         "quant": quant,
-        "dtype": "bf16" if models.device_name() == "cuda" or args.dtype == "bf16" and linears.multiplies_bf16() else "fp32",
         "processes": processes.size,
         "peak_memory_mb": round(training.peak_memory_mb(), 1),
     }
@@ -315,8 +312,7 @@ def prepare_model(args: Args, longest: int) -> tuple:
     checkpointing = args.checkpointing if args.checkpointing != "auto" else ("on" if cuda else "none")
     base = training.load_base(args.model, quant, tree=args.packing == "tree")
     training.probe(base, args.packing == "tree", longest)
-    model = training.add_lora(base, args.model, args.init_adapter, args.lora_rank, args.lora_alpha, args.seed,
-                              bf16=args.dtype == "bf16")
+    model = training.add_lora(base, args.model, args.init_adapter, args.lora_rank, args.lora_alpha, args.seed)
     training.checkpointing(model, checkpointing)
     return model, quant
 

@@ -122,13 +122,8 @@ def _attend(module, query, key, value, attention_mask, scaling=None, **rest):
     return seen.transpose(1, 2), None
 
 
-def add_lora(
-    base: Any, model: str, init_adapter: str | None, rank: int, alpha: int, seed: int, bf16: bool = False
-) -> Any:
-    """The base with LoRA on all linear layers: fresh, or going on from `init_adapter` (InputError if it does not fit).
-
-    `bf16`: on a CPU, the frozen layers in bf16 where it has instructions for it (linears.py); on CUDA they always are.
-    """
+def add_lora(base: Any, model: str, init_adapter: str | None, rank: int, alpha: int, seed: int) -> Any:
+    """The base with LoRA on all linear layers: fresh, or going on from `init_adapter` (InputError if it does not fit)."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -142,7 +137,7 @@ def add_lora(
         peft_model = models.load_adapter(base, model, init_adapter, trainable=True)
     # As given on the command line, so that an adapter says the same on every machine.
     peft_model.peft_config["default"].base_model_name_or_path = model
-    linears.pack_linears(getattr(base, base.base_model_prefix), backward=True, bf16=bf16)
+    linears.pack_linears(getattr(base, base.base_model_prefix), backward=True)
     return peft_model
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import chat, jsonl, linears, models, prefix_tree, run, training
+from common import chat, jsonl, models, prefix_tree, run, training
 from common.errors import InputError
 from common.prefix_tree import Sample
 from tests import tiny
@@ -132,10 +132,10 @@ def test_learning_rate_rises_then_falls_to_nothing():
 # ---------------------------------------------------------------- both packings, the same gradient
 
 
-def lora_model(path, seed=0, bf16=False):
+def lora_model(path, seed=0):
     """A frozen base with LoRA whose B is not zero, so that both halves have a gradient."""
     base = training.load_base(path, "none", tree=True)
-    model = training.add_lora(base, path, None, 4, 8, seed, bf16)
+    model = training.add_lora(base, path, None, 4, 8, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -203,18 +203,6 @@ def test_what_attention_costs_does_not_depend_on_how_layers_are_kept(tmp_path):
     path = tiny.model_dir(tmp_path, "llama", "chatml")
     plain = training.attention_cost(training.load_base(path, "none", tree=True))
     assert 0.5 * plain < training.attention_cost(lora_model(path).get_base_model()) <= plain  # LoRA adds some weights
-
-
-def test_bf16_layers_give_nearly_the_same_gradient(tmp_path):
-    path = tiny.model_dir(tmp_path, "llama", "chatml")
-    found, _ = tokenised([iteration(tmp_path, n=2)], tiny.tokenizer("chatml"))
-    samples = [sample for samples in found for sample in samples]
-    batches = prefix_tree.pack_tree(samples, train.token_weights(samples, "token"), 4096)
-    (nll, gradient), (nll_bf16, gradient_bf16) = (loss_and_gradient(lora_model(path, bf16=bf16), batches)
-                                                  for bf16 in (False, True))
-    assert abs(nll_bf16 - nll) <= 1e-2 * nll
-    assert (gradient_bf16 - gradient).norm() <= 3e-2 * gradient.norm()
-    assert torch.equal(gradient_bf16, gradient) is not linears.multiplies_bf16()
 
 
 @pytest.mark.parametrize("template, kwargs, think, loss_norm", [
@@ -404,14 +392,6 @@ def test_train_then_load_then_go_on(home):
     assert float(summary(dry)["loss"]) < 0.7 * log[0]["loss"]  # it starts where the first ended
     on = script("--data", data, "--model", base, "--init-adapter", out, "--out", home / "on", "--max-steps", 1)
     assert summary(on)["steps"] == "1"
-
-
-def test_bf16_layers_are_trained_through(home):
-    done = summary(script("--data", home / "iter_001", "--model", home / "base", "--lr", "5e-3", "--epochs", 4,
-                          "--out", home / "bf16", "--dtype", "bf16"))  # fmt: skip
-    assert done["dtype"] == ("bf16" if linears.multiplies_bf16() else "fp32")
-    log = [json.loads(line) for line in (home / "bf16" / "training_log.jsonl").read_text().splitlines()]
-    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
 
 
 def reference_loss(model, samples):
