@@ -93,8 +93,7 @@ def work(args: Args) -> None:
     rows, excluded = tasks.exclude(rows, args.exclude_tasks or [])
     rows = tasks.sample(rows, args.sample, args.iteration, args.seed)
     by_id = {row["instance_id"]: row for row in rows}
-    for row in rows:
-        sandbox.open_sandbox(row, args.sandbox)  # refuses a task that has none
+    sandbox.prepare(rows, args.sandbox, check_images=args.check_images, evict_images=args.evict_images)
     policy = {
         who: policies.open_policy(getattr(args, who), role=who, batch=args.workers, key_env=args.teacher_key_env,
                                   temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens,

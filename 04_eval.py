@@ -70,8 +70,8 @@ def work(args: Args) -> None:
     if sum(source is not None for source in (args.student, args.predictions, args.trajectories)) != 1:
         raise InputError("give exactly one of --student, --predictions and --trajectories")
     rows = {row["instance_id"]: row for row in tasks.load(args.tasks, args.limit)}
-    for row in rows.values():
-        sandbox.open_sandbox(row, args.sandbox)  # refuses a task that has none
+    if args.student:
+        sandbox.prepare(list(rows.values()), args.sandbox, check_images=args.check_images, evict_images=args.evict_images)
     student = given = None
     if args.student:
         student = policies.open_policy(

@@ -34,13 +34,19 @@ class AgentFlags:
     """seconds after which a trajectory ends as time_limit"""
     command_timeout: float = 20.0
     """seconds that one command may take"""
-    sandbox: Literal["auto", "local"] = "auto"
-    """where commands run: local is bubblewrap, for tasks with `local`"""
+    sandbox: Literal["auto", "docker", "local"] = "auto"
+    """where commands run: local is bubblewrap, for tasks with `local`; docker a container of the task's image"""
+    network: bool = False
+    """let containers reach the network"""
+    check_images: bool = False
+    """first list the images that are neither here nor in their registry"""
+    evict_images: bool = False
+    """when the disk is nearly full, remove pulled images whose tasks are finished"""
 
     def limits(self) -> dict:
         """What of these makes it the same work (run.Stage)."""
         names = ("max_turns", "max_context", "max_tokens", "max_new_tokens", "time_limit", "command_timeout")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | ({"network": True} if self.network else {})
 
 
 def rollout(
@@ -153,7 +159,8 @@ def trajectory(
         "limits": flags.limits(),
     }
     try:
-        with sandbox.open_sandbox(row, flags.sandbox, flags.command_timeout) as box:
+        with sandbox.open_sandbox(row, flags.sandbox, flags.command_timeout, network=flags.network,
+                                  trajectory=record["trajectory_id"]) as box:
             record |= rollout(row, box, ask, flags, watch)
     except InfraError as error:
         error.record = record | getattr(error, "record", {"messages": [], "exit_status": "infra_error", "patch": ""})

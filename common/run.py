@@ -113,7 +113,9 @@ def main(args_class: type, work: typing.Callable) -> typing.NoReturn:
     sys.stderr.flush()
     if code == 0:
         sys.exit(0)
-    os._exit(code)  # worker threads may still wait for a model or a command; their sandboxes die with this process
+    if docker_sandbox := sys.modules.get("common.docker_sandbox"):
+        docker_sandbox.remove_all()
+    os._exit(code)  # worker threads may still wait for a model or a command; their local sandboxes die with this process
 
 
 def _stop(signum, frame):

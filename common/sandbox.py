@@ -45,7 +45,7 @@ import time
 from pathlib import Path
 
 from common import checkout, repository, seccomp
-from common.errors import InfraError, InputError
+from common.errors import InfraError, InputError, StageError
 from common.limits import MEGABYTE, DiskMeter, Job, Output, watcher
 
 MAX_PRINTED = 64 * MEGABYTE
@@ -65,11 +65,46 @@ class CommandResult:
     timed_out: bool
 
 
-def open_sandbox(row: dict, kind: str = "auto", command_timeout: float = 30.0) -> "LocalSandbox":
-    """The sandbox of a task, not started. kind: auto or local."""
-    if kind not in ("auto", "local"):
-        raise InputError(f"unknown sandbox {kind!r}: auto or local")
-    return LocalSandbox(row, command_timeout=command_timeout)
+def kind_of(row: dict, kind: str = "auto") -> str:
+    """Where a task runs: `local` where its row has that, else `docker`. Raises InputError if it cannot run there."""
+    if kind not in ("auto", "docker", "local"):
+        raise InputError(f"unknown sandbox {kind!r}: auto, docker or local")
+    if kind == "auto":
+        kind = "local" if row.get("local") is not None else "docker"
+    if kind == "docker" and not (isinstance(row.get("image"), str) and row["image"]):
+        raise InputError(f"{row.get('instance_id')}: neither `local`, for the local sandbox, nor `image`, for Docker"
+                         if row.get("local") is None else
+                         f"{row.get('instance_id')}: no field `image`, which the Docker sandbox needs")
+    if kind == "local" and not isinstance(row.get("local"), dict):
+        raise InputError(f"{row.get('instance_id')}: no field `local`, which the local sandbox needs")
+    return kind
+
+
+def prepare(rows: list[dict], kind: str, *, check_images: bool = False, evict_images: bool = False) -> None:
+    """Before the first task: refuse rows that cannot run, and find the engine if any row needs one.
+
+    Raises InputError for a row, StageError where no Docker engine answers.
+    """
+    kinds = [kind_of(row, kind) for row in rows]
+    if "docker" in kinds:
+        from common import docker_sandbox
+
+        docker_sandbox.images().evict = evict_images
+        if check_images:
+            docker_sandbox.images().check([row["image"] for row, kind in zip(rows, kinds) if kind == "docker"])
+
+
+def open_sandbox(row: dict, kind: str = "auto", command_timeout: float = 30.0, *, network: bool = False,
+                 trajectory: str = ""):
+    """The sandbox of a task, not started: a LocalSandbox or a DockerSandbox. Raises InputError as kind_of does.
+
+    network: let a container out (the local sandbox never does). trajectory: its id, for the container's label.
+    """
+    if kind_of(row, kind) == "local":
+        return LocalSandbox(row, command_timeout=command_timeout)
+    from common.docker_sandbox import DockerSandbox
+
+    return DockerSandbox(row, command_timeout=command_timeout, network=network, trajectory=trajectory)
 
 
 class LocalSandbox:
@@ -78,8 +113,7 @@ class LocalSandbox:
     def __init__(self, row: dict, *, command_timeout: float = 30.0, memory: int = 2048 * MEGABYTE, processes: int = 512,
                  disk: int = 1024 * MEGABYTE, output_limit: int = 4000):
         """Sizes in bytes, times in seconds, output_limit in characters. Raises InputError for a row without `local`."""
-        if not isinstance(row.get("local"), dict):
-            raise InputError(f"{row.get('instance_id')}: no field `local`, which the local sandbox needs")
+        kind_of(row, "local")
         self.row, self.local = row, row["local"]
         self.command_timeout, self.memory, self.processes, self.disk = command_timeout, memory, processes, disk
         self.output_limit = output_limit
@@ -418,3 +452,10 @@ if __name__ == "__main__":
         sys.exit("usage: python -m common.sandbox prune")
     for removed in prune():
         print(f"removed {removed}")
+    try:
+        from common import docker_sandbox
+
+        for name in docker_sandbox.prune():
+            print(f"removed container {name}")
+    except StageError as error:
+        print(f"no containers to look at: {error}", file=sys.stderr)

@@ -1,0 +1,131 @@
+"""Docker images of tasks: shared pulls with patience, room on the disk, and a list of what is missing.
+
+A missing image, one for another machine and a full disk are failures of the machine (InfraError) for the tasks that need
+the image, and for no other.
+"""
+
+import contextlib
+import os
+import random
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from common.errors import InfraError
+
+GIGABYTE = 1 << 30
+LOW_DISK = 10 * GIGABYTE  # no image is pulled when less is free
+PULLS = threading.BoundedSemaphore(4)  # at the same time
+TRIES = 6
+MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm"}  # as the engine calls itself: as images are marked
+
+
+class Images:
+    """The images of one engine, for all threads of this process."""
+
+    def __init__(self, client, evict: bool = False):
+        """evict: when room is short, remove images (of a registry) whose tasks are finished."""
+        self.client, self.evict = client, evict
+        info = client.info()
+        self.root = info.get("DockerRootDir", "")
+        self.machine = MACHINES.get(info.get("Architecture", ""), info.get("Architecture", ""))
+        self.lock = threading.Lock()
+        self.pulling: dict[str, threading.Lock] = {}
+        self.users: dict[str, int] = {}  # image -> open sandboxes; those with 0 are of finished tasks
+        self.missing: dict[str, str] = {}  # image -> why it cannot be had
+
+    def use(self, image: str, who: str) -> str:
+        """The id of an image, pulled if it is not there; give it back with leave(). Raises InfraError."""
+        import docker
+
+        with self.lock:
+            self.users[image] = self.users.get(image, 0) + 1
+            pulling = self.pulling.setdefault(image, threading.Lock())
+        try:
+            with pulling:
+                if image in self.missing:
+                    raise InfraError(f"{who}: {self.missing[image]}")
+                try:
+                    found = self.client.images.get(image)
+                except docker.errors.ImageNotFound:
+                    found = self._pull(image, who)
+            machine = found.attrs.get("Architecture") or self.machine
+            if machine != self.machine:
+                raise InfraError(f"{who}: image {image} is for {machine}, the engine runs {self.machine}")
+            return found.id
+        except BaseException:
+            self.leave(image)
+            raise
+
+    def leave(self, image: str) -> None:
+        """Say that a sandbox no longer uses its image."""
+        with self.lock:
+            self.users[image] -= 1
+
+    def _pull(self, image: str, who: str):
+        """Pull with patience: registries limit rates and networks fail; an image that is not there is not there."""
+        import docker
+        import requests
+
+        self._make_room(who)
+        for attempt in range(TRIES):
+            try:
+                with PULLS:
+                    return self.client.images.pull(image)
+            except (docker.errors.APIError, requests.RequestException) as error:
+                why = " ".join(str(getattr(error, "explanation", None) or error).split())[-300:]
+                if isinstance(error, docker.errors.NotFound) or "denied" in why or "not found" in why:
+                    self.missing[image] = f"image {image} is neither here nor in its registry ({why})"
+                    raise InfraError(f"{who}: {self.missing[image]}") from None
+                if attempt == TRIES - 1:
+                    raise InfraError(f"{who}: cannot pull {image}: {why}") from None
+            time.sleep(min(30.0, 2**attempt) * random.uniform(0.5, 1.0))
+
+    def free(self) -> int | None:
+        """Bytes free where the engine keeps its images; None if that is not on this machine."""
+        try:
+            status = os.statvfs(self.root)
+        except OSError:
+            return None
+        return status.f_bavail * status.f_frsize
+
+    def _make_room(self, who: str) -> None:
+        import docker
+
+        free = self.free()
+        if free is None or free >= LOW_DISK:
+            return
+        if self.evict:
+            with self.lock:
+                idle = [image for image, users in self.users.items() if not users]
+            for image in idle:
+                with contextlib.suppress(docker.errors.DockerException):
+                    if self.client.images.get(image).attrs.get("RepoDigests"):  # what was built here cannot be had again
+                        self.client.images.remove(image)
+                if self.free() >= LOW_DISK:
+                    return
+        raise InfraError(f"{who}: {free / GIGABYTE:.1f} GB are free at {self.root}, and no image is pulled below "
+                         f"{LOW_DISK // GIGABYTE} GB" + ("" if self.evict else "; --evict-images removes those of "
+                                                         "finished tasks"))  # fmt: skip
+
+    def check(self, wanted: list[str]) -> list[str]:
+        """Which of these images are neither here nor in their registry; says so on stderr, one line each."""
+        import docker
+
+        def there(image: str) -> str | None:
+            try:
+                self.client.images.get(image)
+            except docker.errors.ImageNotFound:
+                try:
+                    self.client.images.get_registry_data(image)
+                except docker.errors.DockerException as error:
+                    return " ".join(str(getattr(error, "explanation", None) or error).split())[-200:]
+            return None
+
+        wanted = list(dict.fromkeys(wanted))
+        with ThreadPoolExecutor(8) as pool:
+            missing = [(image, why) for image, why in zip(wanted, pool.map(there, wanted)) if why is not None]
+        for image, why in missing:
+            print(f"missing image {image}: {why}", file=sys.stderr)
+        return [image for image, _ in missing]
