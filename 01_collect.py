@@ -3,7 +3,7 @@
 Before every turn t a coin b_t ~ Bernoulli(beta_i) is drawn: the teacher acts if it shows 1, the student otherwise
 (arXiv 2605.12913, turn-level mixing). Every state visited this way gets a teacher label in 02_relabel.py.
 
-reads   --tasks: repair tasks (toy:SPLIT[:N], or a .jsonl/.json/.parquet file of SWE-bench rows with `local`)
+reads   --tasks: repair tasks (toy:SPLIT, a data set, or a .jsonl/.json/.parquet file of SWE-bench rows)
 writes  --out FILE: one trajectory a line; FILE.manifest.json, FILE.log, FILE.infra.jsonl beside it
 
     python 01_collect.py --tasks toy:train:1 --teacher oracle --student hf:smollm2-135m --beta 0.5 --out t.jsonl --show
@@ -25,7 +25,8 @@ from common.agent import AgentFlags
 @dataclass(kw_only=True)
 class Args(AgentFlags):
     tasks: str
-    """toy:train|dev|test|study[:N], or a .jsonl, .json or .parquet file"""
+    """toy:train|dev|test|study, swe-bench-verified, swe-bench-lite, swe-gym:train|holdout, swe-gym-lite,
+    dataset:NAME:SPLIT, or a .jsonl, .json or .parquet file; each may end in :N"""
     out: str
     """the trajectories file to write"""
     teacher: str | None = None

@@ -25,7 +25,8 @@ from common.agent import AgentFlags
 @dataclass(kw_only=True)
 class Args(AgentFlags):
     tasks: str
-    """toy:train|dev|test|study[:N], or a .jsonl, .json or .parquet file"""
+    """toy:train|dev|test|study, swe-bench-verified, swe-bench-lite, swe-gym:train|holdout, swe-gym-lite,
+    dataset:NAME:SPLIT, or a .jsonl, .json or .parquet file; each may end in :N"""
     out: str
     """the directory to write"""
     student: str | None = None

@@ -25,6 +25,10 @@ TASK = {
     "FAIL_TO_PASS": (_LIST, True),
     "PASS_TO_PASS": (_LIST, True),
     "local": (_DICT, False),
+    "image": (_TEXT + _NONE, False),
+    "log_parser": (_TEXT + _NONE, False),
+    "eval_type": (_TEXT + _NONE, False),
+    "eval_script": (_TEXT + _NONE, False),
 }
 TRAJECTORY = {
     "schema": (_INT, True),

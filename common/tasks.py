@@ -1,25 +1,48 @@
-"""Load task instances: the embedded `toy:` tasks, or rows in SWE-bench's format from a file.
+"""Load task instances: the embedded `toy:` tasks, or rows in SWE-bench's format from a file or a data set.
 
     python -m common.tasks toy:dev:3 > tasks.jsonl
     python -m common.tasks toy:dev:3 --unpack repositories > tasks.jsonl
+    python -m common.tasks swe-bench-verified:10 > tasks.jsonl
+    python -m common.tasks swe-gym:holdout > holdout.jsonl
+
+Data sets come through the package `datasets`, which downloads them from the Hugging Face Hub and keeps them. A row
+without `local` of a repository of SWE-bench or SWE-Gym gets the fields that a container and official grading need
+(common/repositories.py), so what this prints is a data set for `swebench eval` too.
+
+`swe-gym:holdout` is 100 of SWE-Gym's 2,438 tasks, `swe-gym:train` all the others, as in the paper (arXiv 2605.12913).
+The paper's own list is not published. Ours is computed from the ids, so that it is the same for everybody: the 100 ids
+with the smallest sha256 of "swe-gym-holdout:0:ID", where 0 is the seed.
 """
 
+import hashlib
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import jsonl, mixing, run, schema
-from common.errors import InputError
+from common import jsonl, mixing, repositories, run, schema
+from common.errors import InputError, StageError
 
-SPECS = "toy:train, toy:dev, toy:test, toy:study, or a .jsonl, .json or .parquet file; each may end in :N"
+SPECS = (
+    "toy:train|dev|test|study, swe-bench-verified, swe-bench-lite, swe-gym:train|holdout, swe-gym-lite, "
+    "dataset:NAME:SPLIT, or a .jsonl, .json or .parquet file; each may end in :N"
+)
+DATASETS = {  # spec -> the data set's name on the hub, its split
+    "swe-bench-verified": ("SWE-bench/SWE-bench_Verified", "test"),
+    "swe-bench-lite": ("SWE-bench/SWE-bench_Lite", "test"),
+    "swe-gym:train": ("SWE-Gym/SWE-Gym", "train"),
+    "swe-gym:holdout": ("SWE-Gym/SWE-Gym", "train"),
+    "swe-gym-lite": ("SWE-Gym/SWE-Gym-Lite", "train"),
+}
+HOLDOUT = 100
 
 
 def load(spec: str, limit: int | None = None) -> list[dict]:
     """The rows that a task spec names, validated, the first `limit` (or the spec's own :N) of them.
 
-    FAIL_TO_PASS and PASS_TO_PASS come out as lists; relative paths in `local` are taken from the file's directory.
-    Raises InputError for an unknown spec, a missing file, a malformed row, a repeated id or an empty list.
+    FAIL_TO_PASS and PASS_TO_PASS come out as lists; relative paths in `local` are taken from the file's directory; rows
+    of known repositories are completed (repositories.complete). Raises InputError for an unknown spec, a missing file
+    or data set, a malformed row, a repeated id or an empty list; StageError if the hub cannot be reached.
     """
     name, _, last = spec.rpartition(":")
     first = int(last) if name and last.isdigit() else None
@@ -33,6 +56,8 @@ def load(spec: str, limit: int | None = None) -> list[dict]:
         if first is not None and first > toy_tasks.SIZES[split]:
             raise InputError(f"tasks {spec!r}: {split} has {toy_tasks.SIZES[split]} tasks")
         rows = toy_tasks.load(split, first)
+    elif name in DATASETS or name.startswith("dataset:"):
+        rows = _from_dataset(name, spec)
     elif Path(name).suffix in (".jsonl", ".json", ".parquet"):
         rows = [_complete(row, name, place) for place, row in _read(Path(name))]
     else:
@@ -69,6 +94,53 @@ def sample(rows: list[dict], count: int | None, iteration: int, seed: int) -> li
 
 def hash_rows(rows: list[dict]) -> str:
     return run.hash_json(rows)
+
+
+def missing_for_docker(row: dict) -> list[str]:
+    """The fields that official grading needs and this row lacks; a rollout in a container needs `image` alone."""
+    return [field for field in ("version", *repositories.ADDED) if not row.get(field)]
+
+
+def held_out_ids(ids: list[str]) -> set[str]:
+    """The 100 of SWE-Gym's ids that `swe-gym:holdout` has and `swe-gym:train` has not."""
+    return set(sorted(ids, key=lambda name: hashlib.sha256(f"swe-gym-holdout:0:{name}".encode()).digest())[:HOLDOUT])
+
+
+def _from_dataset(name: str, spec: str) -> list[dict]:
+    hub, split = DATASETS.get(name) or name.removeprefix("dataset:").partition(":")[::2]
+    if not hub or not split:
+        raise InputError(f"tasks {spec!r}: a data set is dataset:NAME:SPLIT")
+    table = _load_dataset(hub, split)
+    # what JSON does not know (dates) becomes text
+    rows = [json.loads(json.dumps(row, default=str)) for row in table]
+    rows = [_complete(row, ".", f"{hub}:{split}[{place}]") for place, row in enumerate(rows)]
+    if name.startswith("swe-gym:"):
+        held_out = held_out_ids([row["instance_id"] for row in rows])
+        rows = [row for row in rows if (row["instance_id"] in held_out) == (name == "swe-gym:holdout")]
+    return rows
+
+
+def _load_dataset(name: str, split: str):
+    """One split of a data set: of the hub, of the cache, or of a local directory."""
+    try:
+        import datasets
+        import huggingface_hub
+    except ImportError:
+        raise InputError("data sets need the package `datasets` (pip install -r requirements.txt)") from None
+    huggingface_hub.logging.set_verbosity_error()  # else every retry is a line
+    try:
+        return datasets.load_dataset(name, split=split)
+    except (ValueError, FileNotFoundError) as error:  # no such name, no such split, or not for everybody
+        raise InputError(f"data set {name!r}, split {split!r}: {_first_line(error)}") from None
+    except Exception as error:  # the hub's and the network's errors are of many kinds
+        raise StageError(
+            f"data set {name!r} could not be loaded ({_first_line(error)}): try again where the Hugging Face Hub can "
+            "be reached, or give its rows as a .jsonl, .json or .parquet file"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _read(path: Path):
@@ -112,7 +184,7 @@ def _complete(row: dict, file: str, where: str) -> dict:
         source = row["local"]["source"]
         if isinstance(source, str) and not Path(source).exists():
             raise InputError(f"{where}: {row['instance_id']}: the repository {source} is missing")
-    return row
+    return repositories.complete(row)
 
 
 def _refuse_duplicates(rows: list[dict], spec: str) -> None:

@@ -1,11 +1,19 @@
-"""Task specs, files of rows, exclusion and the sample of each iteration."""
+"""Task specs, files and data sets of rows, exclusion and the sample of each iteration."""
 
+import datetime
+import hashlib
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from common import tasks
-from common.errors import InputError
+from common import repositories, tasks
+from common.errors import InputError, StageError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def row(name, **more):
@@ -45,6 +53,10 @@ def test_relative_paths_are_relative_to_the_file(tmp_path):
         ("toy:nothing", "no split 'nothing'"),
         ("toy:dev:100000", "dev has"),
         ("swe-bench", "none of toy:train"),
+        ("swe-gym", "swe-gym:train|holdout"),
+        ("swe-gym:test", "none of toy:train"),
+        ("swe-bench-verifed:5", "none of toy:train"),
+        ("dataset:someone/something", "dataset:NAME:SPLIT"),
         ("missing.jsonl", "No such file"),
         ("missing.json", "no such file"),
     ],
@@ -63,6 +75,8 @@ def test_unknown_specs(spec, message):
         ([row("a", FAIL_TO_PASS="nonsense")], "FAIL_TO_PASS"),
         ([row("a", local={})], "needs 'source'"),
         ([row("a", local={"source": "/nowhere/at/all"})], ":1: a: the repository /nowhere/at/all is missing"),
+        ([row("a"), row("b", image=["x"])], ":2: task: field 'image' must be str or null, not list"),
+        ([row("a", eval_script={})], ":1: task: field 'eval_script' must be str or null"),
     ],
 )
 def test_bad_rows_name_file_line_and_field(tmp_path, lines, message):
@@ -85,3 +99,135 @@ def test_iterations_collect_on_other_tasks_and_wrap_round():
     assert chosen[2][2:] == chosen[0][:2]  # places 8, 9, then 0, 1
     assert chosen[0] != [r["instance_id"] for r in tasks.sample(rows, 4, 1, seed=4)]
     assert len(tasks.sample(rows, 99, 1, seed=3)) == 10
+
+
+def test_exclusion_takes_the_first_n_of_a_spec(tmp_path):
+    """run_loop.sh hands EVAL_TASKS and TEST_TASKS over as they are: with :N only those N are left out."""
+    held_out = write(tmp_path / "held.jsonl", [row("a"), row("b"), row("c")])
+    kept, gone = tasks.exclude([row("a"), row("b"), row("c")], [held_out + ":1", held_out + ":2"])
+    assert [r["instance_id"] for r in kept] == ["c"] and gone == 2
+    loop = (ROOT / "run_loop.sh").read_text()
+    assert '--exclude-tasks "$EVAL_TASKS" $TEST_TASKS' in loop
+
+
+# ---------------------------------------------------------------------------------------------------- data sets
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub with the data sets that are put into the returned dict: (name, split) -> rows."""
+    import datasets
+
+    held = {}
+
+    def load_dataset(name, split):
+        if (name, split) not in held:
+            raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub.\nMore lines")
+        return datasets.Dataset.from_list(held[name, split])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return held
+
+
+@pytest.mark.parametrize(
+    "spec, name, split",
+    [
+        ("swe-bench-verified", "SWE-bench/SWE-bench_Verified", "test"),
+        ("swe-bench-lite", "SWE-bench/SWE-bench_Lite", "test"),
+        ("swe-gym-lite", "SWE-Gym/SWE-Gym-Lite", "train"),
+        ("dataset:someone/something:dev", "someone/something", "dev"),
+    ],
+)
+def test_data_sets(hub, spec, name, split):
+    hub[name, split] = [row("a", created_at=datetime.datetime(2023, 1, 2)), row("b", created_at=None)]
+    rows = tasks.load(spec)
+    assert [r["instance_id"] for r in rows] == ["a", "b"]
+    assert rows[0]["created_at"] == "2023-01-02 00:00:00"  # printed as JSON, and hashed
+    assert rows[0]["FAIL_TO_PASS"] == ["t::a"] and rows[0]["PASS_TO_PASS"] == ["t::b"]
+    assert len(tasks.load(spec + ":1")) == len(tasks.load(spec, limit=1)) == 1
+
+
+def test_a_bad_row_of_a_data_set_is_named(hub):
+    hub["x/y", "train"] = [row("a"), {k: v for k, v in row("b").items() if k != "patch"}]
+    with pytest.raises(InputError, match=r"x/y:train\[1\]: task: field 'patch' must be str, not NoneType"):
+        tasks.load("dataset:x/y:train")
+
+
+def test_swe_gym_holds_out_the_same_hundred(hub):
+    names = [f"dask__dask-{n}" for n in range(300)]
+    hub["SWE-Gym/SWE-Gym", "train"] = [row(name) for name in names]
+    train, held_out = ([r["instance_id"] for r in tasks.load(f"swe-gym:{part}")] for part in ("train", "holdout"))
+    assert len(held_out) == 100 and not set(train) & set(held_out)
+    assert sorted(train + held_out) == sorted(names)
+    # the rule, written down once more: whatever the order of the rows, and for everybody
+    hashes = {name: hashlib.sha256(f"swe-gym-holdout:0:{name}".encode()).hexdigest() for name in names}
+    assert max(hashes[name] for name in held_out) < min(hashes[name] for name in train)
+    hub["SWE-Gym/SWE-Gym", "train"].reverse()
+    assert {r["instance_id"] for r in tasks.load("swe-gym:holdout")} == set(held_out)
+    assert [r["instance_id"] for r in tasks.load("swe-gym:holdout:3")] == held_out[:-4:-1]
+
+
+def test_plain_rows_are_completed_and_others_stay(hub, tmp_path):
+    nothing = dict.fromkeys(repositories.ADDED)  # a data set has every column in every row
+    dask = row("dask__dask-7656", repo="dask/dask", version="2021.04", **nothing)
+    full = row("pallets__flask-1", repo="pallets/flask", version="2.3", image="i", log_parser="parse_log_flask",
+               eval_type="pass_and_fail", eval_script="true")  # fmt: skip
+    given = [dask, full, row("unknown", version=None, **nothing)]
+    hub["x/y", "train"] = given
+    for rows in (tasks.load("dataset:x/y:train"), tasks.load(write(tmp_path / "t.jsonl", given))):
+        assert rows[0]["image"] == "xingyaoww/sweb.eval.x86_64.dask_s_dask-7656:latest"
+        assert "\npytest -n0 -rA --color=no t\n" in rows[0]["eval_script"]
+        assert {f: rows[1][f] for f in repositories.ADDED} == {f: full[f] for f in repositories.ADDED}
+        assert [tasks.missing_for_docker(r) for r in rows[:2]] == [[], []]
+        assert tasks.missing_for_docker(rows[2]) == ["version", *repositories.ADDED]
+
+
+@pytest.mark.parametrize(
+    "error, raised",
+    [
+        (ConnectionError("Couldn't reach 'x/y' on the Hub (OfflineModeIsEnabled)"), StageError),
+        (OSError(28, "No space left on device"), StageError),
+        (RuntimeError(), StageError),
+        (ValueError('Unknown split "trian". Should be one of [\'train\'].'), InputError),
+        (FileNotFoundError("Couldn't find any data file"), InputError),
+    ],
+)
+def test_what_can_go_wrong_with_a_data_set(monkeypatch, error, raised):
+    import datasets
+
+    def fail(*args, **more):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(raised, match="data set 'x/y'") as caught:
+        tasks.load("dataset:x/y:trian")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_misspelt_data_set(hub):
+    with pytest.raises(InputError, match="'x/z', split 'train': Dataset 'x/z' doesn't exist on the Hub.$"):
+        tasks.load("dataset:x/z:train")
+
+
+def test_data_sets_on_the_command_line(tmp_path):
+    """Real `datasets`: a local directory of parquet files, the hub out of reach, a directory that is not there."""
+    import datasets
+
+    flask = row("pallets__flask-1", repo="pallets/flask", version="2.3")
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_list([flask, row("b")]).to_parquet(tmp_path / "data" / "test.parquet")
+    env = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+
+    def written(spec, code):
+        done = subprocess.run([sys.executable, "-m", "common.tasks", spec], capture_output=True, text=True, env=env,
+                              cwd=ROOT)  # fmt: skip
+        assert done.returncode == code, done.stderr
+        return done
+
+    rows = [json.loads(line) for line in written(f"dataset:{tmp_path / 'data'}:test", 0).stdout.splitlines()]
+    assert [r["instance_id"] for r in rows] == ["pallets__flask-1", "b"]
+    assert rows[0]["image"] == "swebench/sweb.eval.x86_64.pallets_1776_flask-1:latest" and "image" not in rows[1]
+    for spec, code in (("swe-bench-verified:1", 1), (f"dataset:{tmp_path / 'none'}:test", 2),
+                       (f"dataset:{tmp_path / 'data'}:tset", 2)):  # fmt: skip
+        message = written(spec, code).stderr.strip()
+        assert "Traceback" not in message and "data set" in message.splitlines()[-1], message
