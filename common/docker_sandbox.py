@@ -48,6 +48,7 @@ LABEL = "swe-dagger"
 STARTS = threading.BoundedSemaphore(8)  # containers that are being started at the same time
 DISK_LOOK = 3.0  # seconds between two looks at what a running command has written
 MANY = 200  # changed files; more are fetched in one go, with the whole of /testbed
+DEFAULTS = {"LANG": "C.UTF-8", "TERM": "dumb", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}  # as local
 CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "KILL", "SETGID", "SETUID"]
 
 # `read` and `wait` once a second, because bash reaps orphans between commands only.
@@ -102,7 +103,9 @@ class DockerSandbox:
                 self.environment = None
                 activated = self._checked(ACTIVATE)
                 pairs = (part.split("=", 1) for part in activated.split("\0") if "=" in part)
-                self.environment = {name: value for name, value in pairs if name not in ("_", "SHLVL", "PWD", "OLDPWD")}
+                self.environment = DEFAULTS | {
+                    name: value for name, value in pairs if name not in ("_", "SHLVL", "PWD", "OLDPWD")
+                }
                 self._forget()
                 self.tracked = self._tracked()
             except BaseException:

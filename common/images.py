@@ -7,6 +7,7 @@ the image, and for no other.
 import contextlib
 import os
 import random
+import re
 import sys
 import threading
 import time
@@ -75,7 +76,7 @@ class Images:
                     return self.client.images.pull(image)
             except (docker.errors.APIError, requests.RequestException) as error:
                 why = " ".join(str(getattr(error, "explanation", None) or error).split())[-300:]
-                if isinstance(error, docker.errors.NotFound) or "denied" in why or "not found" in why:
+                if isinstance(error, docker.errors.NotFound) or re.search("denied|not found|manifest unknown", why):
                     self.missing[image] = f"image {image} is neither here nor in its registry ({why})"
                     raise InfraError(f"{who}: {self.missing[image]}") from None
                 if attempt == TRIES - 1:

@@ -51,12 +51,17 @@ def build(name: str, files: dict[str, str], *, then: str = "true", end: str = ""
 
 
 def toy_rows(spec: str) -> list[dict]:
-    """The tasks of a toy spec as rows with an image instead of `local`, graded by SWE-bench's harness."""
-    from common import tasks
+    """The tasks of a toy spec as rows with an image instead of `local`, and what SWE-bench's harness needs."""
+    from common import repositories, tasks
 
     rows = []
     for row in tasks.load(spec):
         row = dict(row)
-        row["image"] = build(row["instance_id"].lower(), row.pop("local")["source"])
+        row["image"] = build(row["instance_id"].lower(), row.pop("local")["source"], end="ENV COLUMNS=160")
+        how = repositories.Repository("python3 -m pytest -rA -v -o addopts=", install="true")
+        repositories.TABLE[row["repo"]] = how
+        row["eval_script"] = repositories.eval_script(row | {"base_commit": "v1.0"})
+        row |= {"log_parser": how.parser, "eval_type": "pass_and_fail"}
+        del repositories.TABLE[row["repo"]]
         rows.append(row)
     return rows

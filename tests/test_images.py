@@ -1,0 +1,174 @@
+"""Images of tasks against a registry of our own: patience, shared pulls, what is missing, room on the disk."""
+
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import tarfile
+import threading
+
+import docker_images
+import pytest
+
+from common import images as module
+from common.errors import InfraError
+from common.images import GIGABYTE, Images
+
+pytestmark = [pytest.mark.docker, pytest.mark.slow]
+
+
+class Registry:
+    """The few addresses of a registry that a pull asks for; it can be told to refuse."""
+
+    def __init__(self):
+        self.refuse, self.asked, self.blobs = 0, [], {}
+        registry = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                registry.answer(self)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def put(self, data: bytes) -> dict:
+        digest = "sha256:" + hashlib.sha256(data).hexdigest()
+        self.blobs[digest] = data
+        return {"digest": digest, "size": len(data)}
+
+    def image(self, name: str, machine: str = "amd64") -> str:
+        """Offer an image with one small file of its own; returns what to pull."""
+        stream = io.BytesIO()
+        with tarfile.open(fileobj=stream, mode="w") as tar:
+            member = tarfile.TarInfo("name.txt")
+            member.size = len(name)
+            tar.addfile(member, io.BytesIO(name.encode()))
+        layer = stream.getvalue()
+        config = {"architecture": machine, "os": "linux", "config": {},
+                  "rootfs": {"type": "layers", "diff_ids": ["sha256:" + hashlib.sha256(layer).hexdigest()]}}
+        kind = "application/vnd.docker."
+        self.blobs[f"/v2/{name}/manifests/latest"] = manifest = json.dumps({
+            "schemaVersion": 2, "mediaType": kind + "distribution.manifest.v2+json",
+            "config": {"mediaType": kind + "container.image.v1+json", **self.put(json.dumps(config).encode())},
+            "layers": [{"mediaType": kind + "image.rootfs.diff.tar.gzip", **self.put(gzip.compress(layer))}],
+        }).encode()  # fmt: skip
+        self.put(manifest)
+        return f"{self.address}/{name}:latest"
+
+    def answer(self, request) -> None:
+        self.asked.append(request.path)
+        data, code = b"", 200
+        if "/manifests/" in request.path and self.refuse:
+            self.refuse -= 1
+            code, data = 429, b'{"errors": [{"code": "TOOMANYREQUESTS", "message": "slow down"}]}'
+        elif request.path != "/v2/":
+            data = self.blobs.get(request.path, self.blobs.get(request.path.rsplit("/", 1)[1], b""))
+            if not data:
+                code, data = 404, b'{"errors": [{"code": "MANIFEST_UNKNOWN", "message": "manifest unknown"}]}'
+        request.send_response(code)
+        if "/manifests/" in request.path and code == 200:
+            request.send_header("Content-Type", "application/vnd.docker.distribution.manifest.v2+json")
+            request.send_header("Docker-Content-Digest", "sha256:" + hashlib.sha256(data).hexdigest())
+        else:
+            request.send_header("Content-Type", "application/octet-stream" if code == 200 else "application/json")
+        request.send_header("Content-Length", str(len(data)))
+        request.end_headers()
+        if request.command == "GET":
+            request.wfile.write(data)
+
+
+@pytest.fixture
+def registry():
+    if docker_images.why_not():
+        pytest.skip(docker_images.why_not())
+    return Registry()
+
+
+@pytest.fixture
+def client(registry):
+    import docker
+
+    client = docker.from_env()
+    yield client
+    for image in client.images.list():
+        if any(tag.startswith(registry.address) for tag in image.tags):
+            client.images.remove(image.id, force=True)
+
+
+def test_a_pull_is_patient_and_shared(registry, client, monkeypatch):
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    name, images, ids = registry.image("one"), Images(client), []
+    registry.refuse = 3
+    threads = [threading.Thread(target=lambda: ids.append(images.use(name, "t"))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert len(ids) == 6 and len(set(ids)) == 1 and images.users == {name: 6}
+    assert registry.refuse == 0
+    layers = [path for path in registry.asked if "/blobs/" in path]
+    assert len(layers) == len(set(layers)) == 2  # the config and the layer, once
+
+
+def test_patience_ends(registry, client, monkeypatch):
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    name = registry.image("busy")
+    registry.refuse = 10_000
+    with pytest.raises(InfraError, match="t: cannot pull .*slow down|t: cannot pull .*toomanyrequests"):
+        Images(client).use(name, "t")
+
+
+def test_a_missing_image_is_asked_for_once(registry, client):
+    images = Images(client)
+    for _ in range(2):
+        with pytest.raises(InfraError, match="t: image .*/nothing:latest is neither here nor in its registry"):
+            images.use(f"{registry.address}/nothing:latest", "t")
+        before = before if _ else len(registry.asked)
+    assert len(registry.asked) == before and images.users == {f"{registry.address}/nothing:latest": 0}
+
+
+def test_the_list_of_what_is_missing(registry, client, capsys):
+    name = registry.image("there")
+    missing = [f"{registry.address}/a:latest", f"{registry.address}/b:latest"]
+    assert Images(client).check([name, docker_images.BASE, *missing, missing[0]]) == missing
+    assert capsys.readouterr().err.count("missing image ") == 2
+
+
+def test_another_machines_image_is_refused(registry, client):
+    other = "arm64" if Images(client).machine == "amd64" else "amd64"
+    with pytest.raises(InfraError, match=f"t: image .* is for {other}, the engine runs"):
+        Images(client).use(registry.image("foreign", other), "t")
+
+
+def test_room_on_the_disk(registry, client, monkeypatch):
+    import docker
+
+    old, new = registry.image("old"), registry.image("new")
+    free = [20 * GIGABYTE]
+    monkeypatch.setattr(Images, "free", lambda self: free[0])
+    careful, evicting = Images(client), Images(client, evict=True)
+    for images in (careful, evicting):
+        images.use(old, "t")
+        images.use(docker_images.BASE, "t")
+    free[0] = GIGABYTE
+    for images in (careful, evicting):  # all are in use
+        with pytest.raises(InfraError, match="t: 1.0 GB are free at .*, and no image is pulled below 10 GB"):
+            images.use(new, "t")
+        images.leave(old)
+        images.leave(docker_images.BASE)
+    with pytest.raises(InfraError, match="--evict-images"):
+        careful.use(new, "t")
+    with pytest.raises(InfraError, match="no image is pulled"):  # it removed what it could, and that was too little
+        evicting.use(new, "t")
+    with pytest.raises(docker.errors.ImageNotFound):
+        client.images.get(old)
+    client.images.get(docker_images.BASE)  # built here: it could not be had again
+    free[0] = 20 * GIGABYTE
+    evicting.use(new, "t")
