@@ -472,20 +472,33 @@ def said(error: Exception) -> str:
 def labels(trajectory: str = "") -> dict[str, str]:
     """What a container of this process carries."""
     return {
-        LABEL: "sandbox", f"{LABEL}.trajectory": trajectory, f"{LABEL}.host": socket.gethostname(),
-        f"{LABEL}.boot": _boot(), f"{LABEL}.pids": os.readlink("/proc/self/ns/pid"),
-        f"{LABEL}.owner": f"{os.getpid()}:{_born(os.getpid())}", f"{LABEL}.command": " ".join(sys.argv)[:200],
+        LABEL: "sandbox", f"{LABEL}.run": " ".join(sys.argv)[:400], f"{LABEL}.trajectory": trajectory,
+        f"{LABEL}.host": socket.gethostname(), f"{LABEL}.boot": _boot(), f"{LABEL}.pids": _pid_namespace(),
+        f"{LABEL}.owner": f"{os.getpid()}:{_born(os.getpid())}",
     }  # fmt: skip
 
 
 def _boot() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # no Linux
+        return ""
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _born(pid: int) -> str | None:
     """When a process started, in clock ticks since boot: with its number that names it. None if there is none."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        if _boot():
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        os.kill(pid, 0)
+        return "unknown"
     except (OSError, IndexError):
         return None
 
@@ -496,7 +509,7 @@ def dead(marks: dict[str, str]) -> bool:
         return False
     if marks.get(f"{LABEL}.boot") != _boot():
         return True
-    if marks.get(f"{LABEL}.pids") != os.readlink("/proc/self/ns/pid"):
+    if marks.get(f"{LABEL}.pids") != _pid_namespace():
         return False
     pid, _, born = marks.get(f"{LABEL}.owner", "").partition(":")
     return pid.isdigit() and _born(int(pid)) != born

@@ -161,6 +161,15 @@ class TestPromises(EngineTests):
         assert box.run("(setsid sleep 1001 &); kill -9 -1").exit_code == 137
         assert alive(box) == []
 
+    @pytest.mark.parametrize("wreck", ["rm -rf /testbed", "rm -f /bin/bash /usr/bin/bash", "rm -rf /usr /bin /lib*",
+                                       "for i in 1 2 3; do kill -USR1 1; kill -STOP 1; kill -KILL 1; done"])
+    def test_who_wrecks_the_container_has_a_result_all_the_same(self, box, wreck):
+        """That the agent's commands fail from then on is its own doing, and no failure of the machine."""
+        box.run(wreck)
+        result = box.run("echo still here")
+        assert result.exit_code != 0 or result.output.endswith("still here\n")
+        assert box.diff().count("deleted file") == (len(FILES) if wreck.endswith("testbed") else 0)
+
     def test_no_zombies_stay(self, box):
         sh(box, "for i in $(seq 50); do (sleep 0.05 &); done; sleep 0.5")
         time.sleep(2.5)
