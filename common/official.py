@@ -10,8 +10,13 @@ predictions.jsonl), what the harness printed (harness.log) and its own logs/.
 What counts as what. The harness itself says "unresolved" or "error"; we look at the files it left:
 * a report: its verdict;
 * no report, and its log says that the patch did not apply or that the tests ran out of time: the task is unresolved,
-  and so it is where the harness trips over what the tests or the patch wrote (text that is not UTF-8);
+  and so it is where the harness trips over what the patch or the tests did (text that is not UTF-8, a container without
+  git any more; in an image without the program `kill` that is also how the end of the time looks);
 * no report for any other reason (no image, an error or a timeout of the engine): InfraError, no result.
+A busy engine can lose the first lines that a command in a container prints (seen with Docker 20.10), and the harness
+then finds no outcomes and says "unresolved". So where a log without outcomes lacks a mark that every eval_script prints,
+the patch is graded again, twice at most; then the verdict stands, for a patch can also kill the script.
+
 The harness also guesses from the tests' output that the machine was short of memory or network. A patched program can
 print such words, so the task stays unresolved as in the official count; the guess is noted as suspected_infra.
 
@@ -19,7 +24,8 @@ Known weaknesses, which are the official number's own: outcomes are read from wh
 can print results (it must also end the run with exit code 0); a skipped PASS_TO_PASS test counts as passed; conftest.py
 and tests that the test patch does not touch are the patch's. tests/test_official.py shows each. Containers run as root
 with network and without limits, as the harness starts them: grade patches of models that you do not trust on a machine
-that you can lose. `tampered` is always false here.
+that you can lose. A patch that kills its own container ends as an InfraError, which --max-infra bounds and `rate_of_all`
+counts. `tampered` is always false here.
 """
 
 import builtins
@@ -41,6 +47,7 @@ from common.errors import InfraError, InputError, StageError
 
 FIELDS = ("image", "log_parser", "eval_type", "eval_script")  # what a row of swebench 5 has besides the classic ones
 TIMEOUT = 1800.0  # seconds for the tests of one patch, the harness's own default
+TRIES = 3  # for a log that is not whole
 MODEL = "model"  # the harness files a prediction under the model's name; it decides nothing else
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # instance ids become parts of paths and of containers' names
 STAMP = r"^\d{4}-\d\d-\d\d [\d:,]+ - [A-Z]+ - "  # of the harness's log; what a patch or a test printed cannot begin so
@@ -100,26 +107,34 @@ def grade(row: dict, patch: str, home: Path, *, timeout: float = TIMEOUT) -> dic
         patch.encode()
     except UnicodeEncodeError:
         return _unresolved(row, "patch_not_applied", "the patch is not UTF-8, the harness cannot write it to a file\n")
-    if _report(files, instance) is None:
-        shutil.rmtree(files, ignore_errors=True)  # of a run that was interrupted: nothing of it may be taken for ours
-        home.mkdir(parents=True, exist_ok=True)
-        prediction = {"instance_id": instance, "model_name_or_path": MODEL, "model_patch": patch}
-        for name, record in (("dataset.jsonl", data), ("predictions.jsonl", prediction)):
-            (home / name).write_text(json.dumps(record) + "\n")
-        try:
-            code = _run_harness(home, run_id, timeout)
-        finally:
-            remove_containers([run_id])
-    output, events = _text(files / "test_output.txt"), _text(files / "run_instance.log")
-    if report := _report(files, instance):
+    home.mkdir(parents=True, exist_ok=True)
+    prediction = {"instance_id": instance, "model_name_or_path": MODEL, "model_patch": patch}
+    for name, record in (("dataset.jsonl", data), ("predictions.jsonl", prediction)):
+        (home / name).write_text(json.dumps(record) + "\n")
+    for more in reversed(range(TRIES)):
+        if _report(files, instance) is None:
+            shutil.rmtree(files, ignore_errors=True)  # of a run that was interrupted: nothing of it is ours
+            try:
+                code = _run_harness(home, run_id, timeout)
+            finally:
+                remove_containers([run_id])
+        output, events = _text(files / "test_output.txt"), _text(files / "run_instance.log")
+        report = _report(files, instance)
+        if report is None or "tests_status" in report or _whole(output) or not more:
+            break
+        shutil.rmtree(files)
+    if report:
         return _verdict(row, report, output)
-    if output.endswith(f"\n\nTimeout error: {timeout} seconds exceeded."):
+    late = f"\n\nTimeout error: {timeout} seconds exceeded."
+    if output.endswith(late) and output != late:  # with nothing before it, the engine never ran the script
         return _unresolved(row, "timeout", output)
     if NOT_APPLIED.search(events):
         return _unresolved(row, "patch_not_applied", events)
+    why = WHY.findall(events) or _text(home / "harness.log").strip().splitlines()[-1:]
+    if (files / "eval.sh").exists() and why and "OCI runtime exec failed" in why[-1]:  # a program is gone there
+        return _unresolved(row, "timeout" if 'exec: "kill"' in why[-1] else "harness_error", events)
     if _tripped(events, bool(output)):
         return _unresolved(row, "harness_error", events)
-    why = WHY.findall(events) or _text(home / "harness.log").strip().splitlines()[-1:]
     why = why[-1][:1000] if why else "it wrote nothing"
     raise InfraError(f"{instance}: the harness has no verdict (exit code {code}; {home}): {why}")
 
@@ -164,6 +179,13 @@ def _report(files: Path, instance: str) -> dict | None:
         return json.loads((files / "report.json").read_text())[instance]
     except (OSError, ValueError, KeyError):
         return None
+
+
+def _whole(output: str) -> bool:
+    """Whether the marks around the tests' output, which every eval_script prints, are both there."""
+    from swebench.harness.constants import END_TEST_OUTPUT, START_TEST_OUTPUT
+
+    return START_TEST_OUTPUT in output and END_TEST_OUTPUT in output
 
 
 def _text(path: Path) -> str:
