@@ -1,14 +1,22 @@
 """Stage 4: score the student, alone and greedy, on held-out tasks; or grade patches that somebody made.
 
 A task is resolved if all its FAIL_TO_PASS and PASS_TO_PASS tests pass, in a clean checkout with the patch, after every
-file of the test patch was put back. The rate comes with its 95 % Wilson interval.
+file of the test patch was put back. The rate comes with its 95 % Wilson interval. An empty patch is unresolved, and
+nothing is run for it.
 
-reads   --tasks, and --student P (a policy), --predictions FILE (SWE-bench's format) or --trajectories FILE
-writes  --out DIR: trajectories.jsonl predictions.jsonl results.jsonl logs/INSTANCE.txt summary.json manifest.json
+Two graders. `local` (common/grading.py) needs a task with `local` and believes nothing that a patched program prints.
+`swebench` (common/official.py) is SWE-bench's official harness in Docker, verbatim: the number to quote, with its known
+weaknesses. `auto` takes `local` where a row has it. --regrade works the results out again from the saved logs.
+
+reads   --tasks, and --student P (a policy), --trajectories FILE or --predictions FILE (SWE-bench's format: JSONL, a
+        JSON list, or mini-swe-agent's object instance_id -> prediction)
+writes  --out DIR: trajectories.jsonl predictions.jsonl results.jsonl logs/INSTANCE.txt summary.json manifest.json, and
+        swebench/INSTANCE/ with all that the official harness read and wrote
 
     python 04_eval.py --tasks toy:dev --student hf:smollm2-135m --out runs/laptop/iter_000/eval
     python 04_eval.py --tasks toy:dev --student hf:smollm2-135m,adapter=runs/laptop/iter_001/adapter --out eval
     python 04_eval.py --tasks mine.jsonl --predictions predictions.jsonl --out graded
+    python 04_eval.py --tasks swe.jsonl --predictions preds.json --grader swebench --out graded
 
 Stop it at any moment: the same command goes on.
 """
@@ -20,6 +28,8 @@ from typing import Literal
 
 from common import mixing, run, schema
 from common.agent import AgentFlags
+
+TEST_TIMEOUT = 120.0  # seconds, of the local grader
 
 
 @dataclass(kw_only=True)
@@ -35,8 +45,10 @@ class Args(AgentFlags):
     """grade the patches of this file instead"""
     trajectories: str | None = None
     """grade the patches of these trajectories instead"""
-    grader: Literal["auto", "local"] = "auto"
-    """who grades: local runs the tests here, in the sandbox"""
+    grader: Literal["auto", "local", "swebench"] = "auto"
+    """local runs the tests here, in the sandbox; swebench is the official harness; auto: local where a row can"""
+    regrade: bool = False
+    """work the results of a finished --out out again from its logs, without running anything"""
     iteration: int = 0
     """DAgger iteration of the student; recorded"""
     limit: int | None = None
@@ -47,8 +59,8 @@ class Args(AgentFlags):
     """nucleus sampling"""
     teacher_key_env: str = "OPENAI_API_KEY"
     """environment variable with the key of an openai: policy"""
-    test_timeout: float = 120.0
-    """seconds that the tests of one task may take"""
+    test_timeout: float | None = None
+    """seconds that the tests of one task may take (default: 120 local, 1800 swebench, which is the harness's own)"""
     workers: int = 8
     """trajectories at once"""
     seed: int = 0
@@ -64,13 +76,19 @@ class Args(AgentFlags):
 def work(args: Args) -> None:
     from pathlib import Path
 
-    from common import jsonl, policies, prompts, sandbox, stage_tools, tasks
+    from common import docker_sandbox, jsonl, official, policies, prompts, sandbox, stage_tools, tasks
     from common.errors import InputError
 
     stage_tools.check_counts(args, "workers", "max_turns")
     if sum(source is not None for source in (args.student, args.predictions, args.trajectories)) != 1:
         raise InputError("give exactly one of --student, --predictions and --trajectories")
     rows = {row["instance_id"]: row for row in tasks.load(args.tasks, args.limit)}
+    graders = official.choose(list(rows.values()), args.grader)
+    for name, row in rows.items():  # refuses a task that has none
+        if graders[name] == "local":
+            sandbox.kind_of(row, "local")
+    if args.regrade:
+        return regrade(args, rows, graders)
     if args.student:
         sandbox.prepare(list(rows.values()), args.sandbox, check_images=args.check_images, evict_images=args.evict_images)
     student = given = None
@@ -81,16 +99,18 @@ def work(args: Args) -> None:
             max_context=args.max_context,
         )  # fmt: skip
     else:
-        given = _read_patches(args, rows)
+        given = read_patches(args, rows)
 
     same = {
         "tasks": tasks.hash_rows(list(rows.values())),
         "grader": args.grader,
-        "test_timeout": args.test_timeout,
+        "test_timeout": args.test_timeout or TEST_TIMEOUT,
         "iteration": args.iteration,
         **{name: run.hash_file(path) if path else None
            for name, path in (("predictions", args.predictions), ("trajectories", args.trajectories))},
     }  # fmt: skip
+    if "swebench" in graders.values():
+        same["swebench"] = {"version": official.version(), "test_timeout": args.test_timeout or official.TIMEOUT}
     if student:
         same |= {
             "prompts": sorted({prompts.version(row) for row in rows.values()}),
@@ -106,9 +126,13 @@ def work(args: Args) -> None:
     if args.overwrite:
         output.remove()
         rollouts.remove()
+        official.forget(out / "swebench")
     if stage.done and output.finished:
         return stage.say_done()
     (out / "logs").mkdir(exist_ok=True)
+    official_tasks = {name for name, grader in graders.items() if grader == "swebench"}
+    if official_tasks and (student or any(patch_of(r).strip() for r in given if r["instance_id"] in official_tasks)):
+        docker_sandbox.connect()  # now, not after hours of rolling out
 
     if student:
         if not rollouts.finished:
@@ -119,7 +143,7 @@ def work(args: Args) -> None:
         jsonl.write_atomically(out / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
     output.open()
-    results, left = grade_all(args, stage, output, rows, given)
+    results, left = grade_all(args, stage, output, rows, graders, given)
     summary = measure(rows, results, infra_errors=left + (len(rows) - len(given) if student else 0))
     output.finish([output.key(result) for result in results])
     jsonl.write_atomically(out / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -172,39 +196,27 @@ def roll_out(args: Args, stage, rollouts, student, rows: dict[str, dict]) -> Non
     rollouts.finish(jobs)
 
 
-def grade_all(args: Args, stage, output, rows: dict[str, dict], given: list[dict]) -> tuple[list[dict], int]:
+def grade_all(args: Args, stage, output, rows: dict, graders: dict, given: list[dict]) -> tuple[list[dict], int]:
     """Grade every patch; returns the results in order and how many the machine left undone."""
     import os
     from pathlib import Path
 
-    from common import grading, stage_tools
+    from common import grading, official, stage_tools
 
     by_key = {(record["instance_id"], record.get("trajectory_id")): record for record in given}
 
     def grade(key: tuple) -> list[dict]:
         record, started = by_key[key], time.time()
-        patch = record["patch"] if "patch" in record else record["model_patch"] or ""
-        verdict = grading.grade(rows[record["instance_id"]], patch, timeout=args.test_timeout)
-        name = record.get("trajectory_id") if args.trajectories else record["instance_id"]
-        (Path(args.out) / "logs" / f"{name}.txt").write_text(verdict["log"], encoding="utf-8", errors="replace")
-        turns = [m for m in record.get("messages", []) if m["role"] == "assistant"]
-        return [
-            {
-                "schema": schema.VERSION,
-                "instance_id": record["instance_id"],
-                "trajectory_id": record.get("trajectory_id"),
-                "resolved": verdict["resolved"],
-                "tests_status": verdict["tests_status"],
-                "exit_status": record.get("exit_status"),
-                "failure_mode": failure_mode(record.get("exit_status"), patch, verdict),
-                "turns": len(turns) if "messages" in record else None,
-                "tokens": {
-                    kind: sum(m["tokens"][kind] or 0 for m in turns) for kind in ("in", "cached", "out")
-                } if "messages" in record else None,
-                "seconds": round(record["finished"] - record["started"] if "started" in record else time.time() - started, 3),
-                "tampered": verdict["tampered"],
-            }
-        ]  # fmt: skip
+        row, grader, patch, name = rows[key[0]], graders[key[0]], patch_of(record), log_name(args, key)
+        if not patch.strip():
+            verdict = grading.no_patch(row)
+        elif grader == "swebench":
+            home = Path(args.out) / "swebench" / name
+            verdict = official.grade(row, patch, home, timeout=args.test_timeout or official.TIMEOUT)
+        else:
+            verdict = grading.grade(row, patch, timeout=args.test_timeout or TEST_TIMEOUT)
+        grading.save_log(Path(args.out) / "logs" / f"{name}.txt", row, grader, patch, verdict)
+        return [result(record, verdict, grader, time.time() - started)]
 
     todo = [key for key in by_key if key not in output]
     workers = min(args.workers, os.cpu_count() or 1)  # tests are work for a core, not a wait
@@ -212,6 +224,72 @@ def grade_all(args: Args, stage, output, rows: dict[str, dict], given: list[dict
         args, stage, output, list(by_key), todo, grade, workers, "grade", lambda r: {"resolved": r["resolved"]}
     )
     return list(output.records(list(by_key))), left
+
+
+def regrade(args: Args, rows: dict[str, dict], graders: dict[str, str]) -> None:
+    """The results of a finished --out again, from its logs: after a change of the rule, of swebench or its parsers.
+
+    A log that is missing or belongs to another patch, task or grader is an InputError; nothing is written then.
+    """
+    from pathlib import Path
+
+    from common import grading, jsonl, official
+    from common.errors import InputError
+
+    out = Path(args.out)
+    if args.overwrite:
+        raise InputError("--regrade reads the logs that --overwrite throws away: give one of them")
+    given = list(jsonl.read(out / "trajectories.jsonl", "trajectory")) if args.student else read_patches(args, rows)
+    by_key = {(record["instance_id"], record.get("trajectory_id")): record for record in given}
+    stage = run.Stage.finished(args.out, args)
+    results = []
+    for old in jsonl.read(out / "results.jsonl", "result"):
+        key = (old["instance_id"], old["trajectory_id"])
+        if key not in by_key or key[0] not in rows:
+            raise InputError(f"{out / 'results.jsonl'}: {key[1] or key[0]!r} is not among the tasks and patches given")
+        row, grader, patch = rows[key[0]], graders[key[0]], patch_of(by_key[key])
+        end, log = grading.read_log(out / "logs" / f"{log_name(args, key)}.txt", row, grader, patch)
+        if grader == "swebench" and end != "no_patch":
+            verdict = official.regrade(row, patch, end, log)
+        else:
+            verdict = grading.regrade(row, end, log)
+        results.append(result(by_key[key], verdict, grader, old["seconds"]))
+    summary = measure(rows, results, infra_errors=stage.manifest["summary"]["infra_errors"])
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in results]
+    jsonl.write_atomically(out / "results.jsonl", "".join(lines))
+    jsonl.write_atomically(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    stage.amend(summary)
+
+
+def patch_of(record: dict) -> str:
+    """The patch of a trajectory or of a prediction (where it may be null)."""
+    return (record["patch"] if "patch" in record else record["model_patch"]) or ""
+
+
+def log_name(args: Args, key: tuple) -> str:
+    """With --trajectories a task may have several patches."""
+    return key[1] if args.trajectories else key[0]
+
+
+def result(record: dict, verdict: dict, grader: str, seconds: float) -> dict:
+    """One line of results.jsonl. seconds: of grading; a trajectory's own are taken where there is one."""
+    turns = [m for m in record.get("messages", []) if m["role"] == "assistant"]
+    tokens = {kind: sum(m["tokens"][kind] or 0 for m in turns) for kind in ("in", "cached", "out")}
+    return {
+        "schema": schema.VERSION,
+        "instance_id": record["instance_id"],
+        "trajectory_id": record.get("trajectory_id"),
+        "resolved": verdict["resolved"],
+        "tests_status": verdict["tests_status"],
+        "exit_status": record.get("exit_status"),
+        "failure_mode": failure_mode(record.get("exit_status"), patch_of(record), verdict),
+        "turns": len(turns) if "messages" in record else None,
+        "tokens": tokens if "messages" in record else None,
+        "seconds": round(record["finished"] - record["started"] if "started" in record else seconds, 3),
+        "tampered": verdict["tampered"],
+        "grader": grader,
+        "suspected_infra": verdict.get("suspected_infra"),
+    }
 
 
 def failure_mode(exit_status: str | None, patch: str, verdict: dict) -> str | None:
@@ -246,12 +324,19 @@ def measure(rows: dict[str, dict], results: list[dict], infra_errors: int) -> di
             seen = "families not in train" if row.get("unseen_family") else "families in train"
             for name in (seen, f"family {row['family']}"):
                 groups.setdefault(name, []).append(result["resolved"])
-    resolved = sum(result["resolved"] for result in results)
+    resolved, tasks = sum(result["resolved"] for result in results), len(results) + infra_errors
+    graders = sorted({result.get("grader", "local") for result in results})
+    official = {}
+    if "swebench" in graders:  # what SWE-bench's own tables call resolved: nothing is left out of the denominator
+        suspected = sum(bool(result.get("suspected_infra")) for result in results)
+        official = {"rate_of_all": resolved / tasks, "suspected_infra": suspected}
     return {
-        "tasks": len(results) + infra_errors,
+        "tasks": tasks,
         "resolved": resolved,
         **rate(resolved, len(results)),
+        **official,
         "infra_errors": infra_errors,
+        "grader": "+".join(graders) or None,
         "tampered": sum(result["tampered"] for result in results),
         "turns": sum(result["turns"] or 0 for result in results),
         "tokens_out": sum((result["tokens"] or {"out": 0})["out"] for result in results),
@@ -264,20 +349,24 @@ def measure(rows: dict[str, dict], results: list[dict], infra_errors: int) -> di
     }
 
 
-def _read_patches(args: Args, rows: dict[str, dict]) -> list[dict]:
+def read_patches(args: Args, rows: dict[str, dict]) -> list[dict]:
     """The records of --predictions (one a task; a task without one gets an empty patch) or --trajectories."""
-    from common import jsonl
+    from common import jsonl, predictions
     from common.errors import InputError
 
-    path = args.predictions or args.trajectories
+    if args.predictions:
+        records = predictions.read(args.predictions)
+    else:
+        lines = enumerate(jsonl.read(args.trajectories, "trajectory"), start=1)
+        records = ((f"{args.trajectories}:{number}", record) for number, record in lines)
     given, seen = [], set()
-    for number, record in enumerate(jsonl.read(path, "prediction" if args.predictions else "trajectory"), start=1):
+    for where, record in records:
         name = record["instance_id"]
         key = name if args.predictions else record["trajectory_id"]
         if name not in rows:
-            raise InputError(f"{path}:{number}: instance_id {name!r} is not in --tasks {args.tasks}")
+            raise InputError(f"{where}: instance_id {name!r} is not in --tasks {args.tasks}")
         if key in seen:
-            raise InputError(f"{path}:{number}: {key!r} is there twice")
+            raise InputError(f"{where}: {key!r} is there twice")
         seen.add(key)
         given.append(record)
     if args.predictions:

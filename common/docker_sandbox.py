@@ -437,13 +437,14 @@ def engine():
 
 @functools.cache
 def _engine(pid: int):
-    client = _connect()
+    client = connect()
     _prune(client)
     atexit.register(remove_all, pid)
     return client
 
 
-def _connect():
+def connect():
+    """A new client of the engine, before anything is done with it. Raises StageError if none answers."""
     import docker
     import requests
 
@@ -517,7 +518,7 @@ def dead(marks: dict[str, str]) -> bool:
 
 def prune() -> list[str]:
     """Remove the containers whose owner is dead; returns their names. Raises StageError without an engine."""
-    return _prune(_connect())
+    return _prune(connect())
 
 
 def _prune(client) -> list[str]:

@@ -29,6 +29,7 @@ import shutil
 import tomllib
 from pathlib import Path
 
+from common import run
 from common.checkout import Checkout, PatchError
 from common.errors import InputError
 from common.repository import Files
@@ -85,6 +86,17 @@ def test_list(row: dict, kind: str) -> list[str]:
     return names
 
 
+def all_failed(row: dict) -> dict:
+    """tests_status where no test ran."""
+    return {kind: {"success": [], "failure": test_list(row, kind)} for kind in ("FAIL_TO_PASS", "PASS_TO_PASS")}
+
+
+def no_patch(row: dict) -> dict:
+    """The verdict on an empty patch, as with the official harness: unresolved, and nothing is run."""
+    return {"resolved": False, "tests_status": all_failed(row), "tampered": False, "patch_applied": True,
+            "log": "no patch: nothing was run\n", "end": "no_patch"}
+
+
 def _result(tests: dict, outcomes: dict[str, str], tampered: bool, applied: bool, log: list[str]) -> dict:
     status, passed = {}, True
     for kind, names in tests.items():
@@ -95,6 +107,64 @@ def _result(tests: dict, outcomes: dict[str, str], tampered: bool, applied: bool
         log += [f"{kind} {name} {outcomes.get(name, 'MISSING')}" for name in names] if applied else []
     return {"resolved": applied and passed and any(tests.values()), "tests_status": status, "tampered": tampered,
             "patch_applied": applied, "log": "\n".join(log) + "\n"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saved logs, and grading again from them
+
+def save_log(path: Path, row: dict, grader: str, patch: str, verdict: dict) -> None:
+    """Write a verdict's log. Its first line says what it is the log of; the rest is verdict["log"]."""
+    head = {**_identity(row, grader, patch), "end": verdict.get("end", "graded")}
+    path.write_bytes(f"{json.dumps(head)}\n{verdict['log']}".encode("utf-8", "replace"))
+
+
+def read_log(path: Path, row: dict, grader: str, patch: str) -> tuple[str, str]:
+    """(end, log) that save_log wrote for this patch. Raises InputError for a missing log and for one of other work."""
+    try:
+        first, _, log = path.read_bytes().decode("utf-8", "replace").partition("\n")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; without this log the patch has to be graded again") from None
+    try:
+        head = json.loads(first)
+        end = head.pop("end")
+    except (ValueError, AttributeError, KeyError):
+        raise InputError(f"{path}: its first line does not say which patch it belongs to") from None
+    for name, value in _identity(row, grader, patch).items():
+        if head.get(name) != value:
+            raise InputError(f"{path}: the log of another {name} ({head.get(name)!r}, not {value!r}): grade it again")
+    return end, log
+
+
+def _identity(row: dict, grader: str, patch: str) -> dict:
+    """What a log depends on. The official one does not depend on the lists of tests nor on the parser."""
+    if grader == "swebench":
+        task = [row.get(name) for name in ("base_commit", "image", "eval_script")]
+    else:
+        local = {name: value for name, value in row["local"].items() if name not in ("source", "python")}  # may move
+        names = ("base_commit", "patch", "test_patch", "FAIL_TO_PASS", "PASS_TO_PASS")
+        task = [row.get(name) for name in names] + [local]
+    return {"instance_id": row["instance_id"], "grader": grader, "task": run.hash_json(task),
+            "patch": run.hash_json(patch)}
+
+
+def regrade(row: dict, end: str, log: str) -> dict:
+    """The verdict of `grade` again, from its log. Runs nothing. Raises InputError if the log was changed."""
+    if end == "no_patch":
+        return no_patch(row)
+    tests = {kind: test_list(row, kind) for kind in ("FAIL_TO_PASS", "PASS_TO_PASS")}
+    applied = log.startswith("patch applied\n")
+    outcomes, rest = {}, log.removesuffix("\n")
+    # From behind: the program under test may have printed such lines too, but those stand before ours.
+    for kind, name in reversed([(kind, name) for kind, names in tests.items() for name in names] if applied else []):
+        rest, _, outcome = rest.rpartition(" ")
+        line = f"\n{kind} {name}".encode("utf-8", "replace").decode()
+        if not rest.endswith(line):
+            raise InputError(f"{row['instance_id']}: its log does not end with one line for each test: "
+                             f"{line.strip()!r} is missing")
+        rest = rest.removesuffix(line)
+        outcomes[name] = outcome
+    tampered = applied and log.split("\n")[1].startswith("put back: ")
+    return _result(tests, outcomes, tampered, applied, []) | {"log": log}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

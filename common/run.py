@@ -206,6 +206,23 @@ class Stage:
         self._write()
         print_summary(summary)
 
+    @classmethod
+    def finished(cls, out: str, args) -> "Stage":
+        """The finished output directory `out`, whatever work it was. Raises InputError if it is not finished."""
+        path = Path(out) / "manifest.json"
+        manifest = json.loads(path.read_text()) if path.is_file() else {}
+        if not manifest.get("finished"):
+            raise InputError(f"{out}: not a finished output; the command that started it goes on with it")
+        return cls(out, args, manifest["same"], directory=True)
+
+    def amend(self, summary: dict) -> None:
+        """Give a finished output a new summary, and note by which command; print the summary line."""
+        by = {"command": shlex.join(sys.argv), "commit": _git("rev-parse", "HEAD"), "finished": time.time(),
+              "packages": {name: _version(name) for name in PACKAGES}, "before": self.manifest["summary"]}  # fmt: skip
+        self.manifest |= {"summary": summary, "amended": self.manifest.get("amended", []) + [by]}
+        self._write()
+        print_summary(summary)
+
     def say_done(self) -> None:
         print(f"{self.out} is finished; nothing to do", file=sys.stderr)
         print_summary(self.manifest["summary"])

@@ -93,6 +93,8 @@ RESULT = {
     "tokens": (_DICT + _NONE, True),
     "seconds": (_NUM, True),
     "tampered": ((bool,), True),
+    "grader": (_TEXT, False),
+    "suspected_infra": (_TEXT + _NONE, False),
 }
 
 ACTORS = ("student", "teacher")

@@ -96,11 +96,6 @@ def hash_rows(rows: list[dict]) -> str:
     return run.hash_json(rows)
 
 
-def missing_for_docker(row: dict) -> list[str]:
-    """The fields that official grading needs and this row lacks; a rollout in a container needs `image` alone."""
-    return [field for field in ("version", *repositories.ADDED) if not row.get(field)]
-
-
 def held_out_ids(ids: list[str]) -> set[str]:
     """The 100 of SWE-Gym's ids that `swe-gym:holdout` has and `swe-gym:train` has not."""
     return set(sorted(ids, key=lambda name: hashlib.sha256(f"swe-gym-holdout:0:{name}".encode()).digest())[:HOLDOUT])

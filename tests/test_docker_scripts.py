@@ -14,6 +14,8 @@ import tiny
 from test_loop import loop
 from test_scripts import script, summary, timeless
 
+from common import tasks as task_rows
+
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parent.parent
 PID = Path("/var/run/docker.pid")
@@ -117,3 +119,44 @@ def test_the_engine_stops_and_comes_back(tasks, undisturbed, tmp_path):
     assert comparable(out) == comparable(undisturbed)
     demonstrate(tasks, tmp_path / "more.jsonl", "--limit", 1)  # what the dead engine could not remove goes now
     assert ours() == []
+
+
+def test_one_iteration_in_containers_graded_by_the_official_harness(tasks, tmp_path):
+    """The oracle teaches a tiny random model, which learns nothing in a step; what is tested is that all of it fits."""
+    model = tiny.model_dir(tmp_path / "model", arch="llama", template="chatml")
+    rows = [json.loads(line) for line in tasks.read_text().splitlines()]
+    for name, some in (("train", rows[:3]), ("dev", rows[3:5])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    run = tmp_path / "run"
+    done = loop(run, ITERATIONS=1, STUDENT=f"hf:{model}", SAMPLE=2, TASKS=tmp_path / "train.jsonl", WORKERS=2,
+                EVAL_TASKS=tmp_path / "dev.jsonl", TEST_TASKS="", AGENT_FLAGS="--max-turns 9 --max-new-tokens 48",
+                TRAIN_FLAGS="--epochs 1")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "the teacher itself: 2/2 = 100%" in done.stdout
+    teacher = json.loads((run / "teacher/eval/summary.json").read_text())
+    assert (teacher["grader"], teacher["rate_of_all"], teacher["infra_errors"]) == ("swebench", 1.0, 0)
+    student = json.loads((run / "iter_001/eval/summary.json").read_text())
+    assert (student["resolved"], student["infra_errors"]) == (0, 0)
+    labels = [json.loads(line) for line in (run / "iter_001/labels.jsonl").read_text().splitlines()]
+    assert labels and all(label["valid"] and label["source"] == "executed" for label in labels)
+    assert ours() == []
+
+
+def deleting_tests(row) -> str:
+    source = next(r for r in task_rows.load("toy:dev:6") if r["instance_id"] == row["instance_id"])["local"]["source"]
+    patch = ""
+    for path in sorted(path for path in source if path.startswith("tests/")):
+        lines = source[path].splitlines()
+        patch += (f"diff --git a/{path} b/{path}\ndeleted file mode 100644\n--- a/{path}\n+++ /dev/null\n"
+                  f"@@ -1,{len(lines)} +0,0 @@\n" + "".join(f"-{line}\n" for line in lines))  # fmt: skip
+    return patch
+
+
+@pytest.mark.parametrize("make, resolved", [(lambda row: row["patch"], 3), (lambda row: "", 0), (deleting_tests, 0)],
+                         ids=["gold", "empty", "deletes the tests"])  # fmt: skip
+def test_official_grades_of_toy_tasks(tasks, tmp_path, make, resolved):
+    rows = [json.loads(line) for line in tasks.read_text().splitlines()][:3]
+    given = tmp_path / "p.jsonl"
+    given.write_text("".join(json.dumps({"instance_id": r["instance_id"], "model_patch": make(r)}) + "\n" for r in rows))
+    done = script("04_eval.py", "--tasks", tasks, "--limit", 3, "--predictions", given, "--out", tmp_path / "graded")
+    assert summary(done)["resolved"] == str(resolved) and summary(done)["infra_errors"] == "0"
