@@ -53,7 +53,7 @@ def toy_rows(spec: str) -> list[dict]:
     for row in tasks.load(spec):
         row = dict(row)
         row["image"] = build(row["instance_id"].lower(), row.pop("local")["source"], end="ENV COLUMNS=160\nSTOPSIGNAL SIGKILL")
-        how = repositories.Repository("python3 -m pytest -rA -v -o addopts=", install="true")
+        how = repositories.Repository("python3 -m pytest -rA -v -o addopts= tests", install="true")
         repositories.TABLE[row["repo"]] = how
         row["eval_script"] = repositories.eval_script(row | {"base_commit": "v1.0"})
         row |= {"log_parser": how.parser, "eval_type": "pass_and_fail"}
