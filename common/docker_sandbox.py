@@ -61,10 +61,12 @@ env -0"""
 FORGET = r"""cd /testbed || exit
 git rev-parse HEAD >/dev/null 2>&1 || git config --global --add safe.directory '*'
 git rev-parse HEAD >/dev/null || exit
-git for-each-ref --no-merged=HEAD --format='delete %(refname)' | git update-ref --stdin
 for remote in $(git remote); do git remote remove "$remote"; done
+# --no-deref: origin/HEAD leads to another ref that goes as well
+git for-each-ref --no-merged=HEAD --format='delete %(refname)' | git update-ref --no-deref --stdin || exit
 dir=$(git rev-parse --absolute-git-dir)
-rm -rf "$dir/logs" "$dir/ORIG_HEAD" "$dir/FETCH_HEAD" "$dir/objects/pack/"*.keep
+rm -rf "$dir/logs" "$dir/ORIG_HEAD" "$dir/FETCH_HEAD" "$dir/objects/pack/"*.{keep,promisor}
+[ -z "$(git rev-list --all --not HEAD | head -n 1)" ] || { echo "refs beyond HEAD stay"; exit 1; }
 if [ "$1" = search ] && [ -z "$(git fsck --connectivity-only --unreachable --no-reflogs --no-dangling 2>/dev/null |
     head -n 1)" ]; then echo clean; exit 0; fi
 [ "$1" = clean ] && exit

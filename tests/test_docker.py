@@ -25,7 +25,9 @@ FILES = {
 }  # fmt: skip
 # What SWE-Gym's images look like: the repository's later history, the fix in it, is still there.
 FUTURE = """echo 'return a + b' > /testbed/calc.py; git commit -qam fix; git rev-parse HEAD > /future; git branch later
-git tag v2.0; git reset -q --hard v1.0; git remote add origin https://example.invalid/x; git stash list"""
+git tag v2.0; git update-ref refs/remotes/origin/main HEAD; git symbolic-ref refs/remotes/origin/HEAD refs/remotes/origin/main
+git reset -q --hard v1.0; git remote add origin https://example.invalid/x; git symbolic-ref refs/heads/alias refs/heads/later
+echo '- x' >> calc.py; git stash -q; git repack -a -d -q; for p in .git/objects/pack/*.pack; do touch ${p%.pack}.keep; done"""
 
 
 @pytest.fixture(scope="module")
