@@ -76,7 +76,7 @@ class Args(AgentFlags):
 def work(args: Args) -> None:
     from pathlib import Path
 
-    from common import docker_sandbox, jsonl, official, policies, prompts, sandbox, stage_tools, tasks
+    from common import docker_engine, jsonl, official, policies, prompts, sandbox, stage_tools, tasks
     from common.errors import InputError
 
     stage_tools.check_counts(args, "workers", "max_turns")
@@ -132,7 +132,7 @@ def work(args: Args) -> None:
     (out / "logs").mkdir(exist_ok=True)
     official_tasks = {name for name, grader in graders.items() if grader == "swebench"}
     if official_tasks and (student or any(patch_of(r).strip() for r in given if r["instance_id"] in official_tasks)):
-        docker_sandbox.connect()  # now, not after hours of rolling out
+        docker_engine.connect()  # now, not after hours of rolling out
 
     if student:
         if not rollouts.finished:

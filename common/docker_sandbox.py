@@ -16,35 +16,28 @@ no new privileges, and of root's capabilities those alone that changing owner, u
 The patch is made here and not by a git in the container: the engine says which files changed since the image, and those
 are compared (common/checkout.py) with the ones in the image. What the agent did to .git, or to git, does not matter.
 
-Nothing leaks: containers carry labels that name their owner (machine, process and its start). They go when their sandbox
-stops, when this process ends, and, after kill -9, when the next one starts: `prune`. Containers of living owners stay.
+Containers are marked with their owner and never stay behind: common/docker_engine.py.
 
 Not done: a user namespace of its own (the engine's `userns-remap` does that), disk bandwidth limits.
 """
 
-import atexit
 import contextlib
-import functools
 import io
 import os
-import re
-import socket
-import stat
-import sys
 import tarfile
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common import checkout, repository
-from common.errors import InfraError, StageError
-from common.images import Images
+from common.docker_engine import engine, images, labels, live, remove, said
+from common.errors import InfraError
 from common.limits import MEGABYTE, Output
-from common.sandbox import MAX_PRINTED, CommandResult, home, kind_of, remove
+from common.sandbox import MAX_PRINTED, CommandResult, home, kind_of
+from common.sandbox import remove as remove_folder
 
-LABEL = "swe-dagger"
+_clean: dict[str, bool] = {}  # image id -> whether its repository holds nothing but what HEAD reaches
 STARTS = threading.BoundedSemaphore(8)  # containers that are being started at the same time
 DISK_LOOK = 3.0  # seconds between two looks at what a running command has written
 MANY = 200  # changed files; more are fetched in one go, with the whole of /testbed
@@ -141,7 +134,7 @@ class DockerSandbox:
         """Remove the container. Safe to call twice."""
         container, self.container = self.container, None
         if container is not None:
-            _remove(container)
+            remove(container)
         if self.using:
             self.using = False
             images().leave(self.image)
@@ -163,12 +156,12 @@ class DockerSandbox:
                         docker.types.Ulimit(name="fsize", soft=self.disk // 2, hard=self.disk // 2)],
         }  # fmt: skip
         container = engine().containers.create(self.image_id, **options)
-        _live[container.id] = container
+        live[container.id] = container
         if started:
             try:
                 container.start()
             except BaseException:
-                _remove(container)
+                remove(container)
                 raise
         return container
 
@@ -284,7 +277,7 @@ class DockerSandbox:
             return self._compare(mirror, paths)
         finally:
             repository.release(template)
-            remove(folder)
+            remove_folder(folder)
 
     def _changes(self) -> tuple[set[str], set[str]]:
         """(paths in /testbed that were written, paths that were removed), relative; no .git, whatever it is."""
@@ -315,7 +308,7 @@ class DockerSandbox:
             try:
                 before = self._fetch(image, old)
             finally:
-                _remove(image)
+                remove(image)
         for path in before.keys() & after.keys():
             if before[path][1] is None or after[path][1] is None:  # too large for a patch: as if it had not been touched
                 after[path] = before[path] = ("100644", b"")
@@ -418,139 +411,3 @@ class Frames:
             out.append(data[: self.left])
             self.left, data = self.left - len(out[-1]), data[self.left :]
         return b"".join(out)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The engine, and whose containers are whose
-
-_live: dict = {}  # id -> container
-_clean: dict[str, bool] = {}  # image id -> whether its repository holds nothing but what HEAD reaches
-_engine_lock = threading.Lock()
-
-
-def engine():
-    """The client of the Docker engine (DOCKER_HOST or the usual socket). Raises StageError if none answers.
-
-    The first call in a process removes what dead owners have left.
-    """
-    with _engine_lock:
-        return _engine(os.getpid())
-
-
-@functools.cache
-def _engine(pid: int):
-    client = connect()
-    _prune(client)
-    atexit.register(remove_all, pid)
-    return client
-
-
-def connect():
-    """A new client of the engine, before anything is done with it. Raises StageError if none answers."""
-    import docker
-    import requests
-
-    try:
-        client = docker.from_env(timeout=120, max_pool_size=256)
-        client.version()
-    except (docker.errors.DockerException, requests.RequestException) as error:
-        why = said(error)
-        how = ("your user may not use its socket: `sudo usermod -aG docker $USER`, then log in again"
-               if "ermission" in why else "start it (`sudo systemctl start docker`), or set DOCKER_HOST")  # fmt: skip
-        raise StageError(f"no Docker engine: {why[:300]}; {how}") from None
-    return client
-
-
-@functools.cache
-def images() -> Images:
-    return Images(engine())
-
-
-def said(error: Exception) -> str:
-    """One line of what the engine said."""
-    text = getattr(error, "explanation", None) or str(error) or type(error).__name__
-    return " ".join(str(text).split())[-500:]
-
-
-def labels(trajectory: str = "") -> dict[str, str]:
-    """What a container of this process carries."""
-    return {
-        LABEL: "sandbox", f"{LABEL}.run": " ".join(sys.argv)[:400], f"{LABEL}.trajectory": trajectory,
-        f"{LABEL}.host": socket.gethostname(), f"{LABEL}.boot": _boot(), f"{LABEL}.pids": _pid_namespace(),
-        f"{LABEL}.owner": f"{os.getpid()}:{_born(os.getpid())}",
-    }  # fmt: skip
-
-
-def _boot() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:  # no Linux
-        return ""
-
-
-def _pid_namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def _born(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot: with its number that names it. None if there is none."""
-    try:
-        if _boot():
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-        os.kill(pid, 0)
-        return "unknown"
-    except (OSError, IndexError):
-        return None
-
-
-def dead(marks: dict[str, str]) -> bool:
-    """Whether the owner that these labels name is dead. One on another machine or beyond a PID namespace is not."""
-    if marks.get(f"{LABEL}.host") != socket.gethostname():
-        return False
-    if marks.get(f"{LABEL}.boot") != _boot():
-        return True
-    if marks.get(f"{LABEL}.pids") != _pid_namespace():
-        return False
-    pid, _, born = marks.get(f"{LABEL}.owner", "").partition(":")
-    return pid.isdigit() and _born(int(pid)) != born
-
-
-def prune() -> list[str]:
-    """Remove the containers whose owner is dead; returns their names. Raises StageError without an engine."""
-    return _prune(connect())
-
-
-def _prune(client) -> list[str]:
-    gone = [c for c in client.containers.list(all=True, filters={"label": LABEL}, ignore_removed=True) if dead(c.labels)]
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(_remove, gone))
-    return [container.name for container in gone]
-
-
-def remove_all(pid: int | None = None) -> None:
-    """Remove all containers of this process: at its end, however that comes."""
-    if pid in (None, os.getpid()) and _live:
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(_remove, list(_live.values())))
-
-
-def _remove(container) -> None:
-    import docker
-    import requests
-
-    for wait in (0.0, 0.5, 2.0):
-        time.sleep(wait)
-        try:
-            container.remove(force=True, v=True)
-        except docker.errors.NotFound:
-            pass
-        except docker.errors.APIError as error:
-            if not re.search("already in progress", str(error)):
-                continue
-        except requests.RequestException:  # the engine is gone; `prune` does it when it is back
-            return
-        _live.pop(container.id, None)
-        return

@@ -113,8 +113,8 @@ def main(args_class: type, work: typing.Callable) -> typing.NoReturn:
     sys.stderr.flush()
     if code == 0:
         sys.exit(0)
-    if docker_sandbox := sys.modules.get("common.docker_sandbox"):
-        docker_sandbox.remove_all()
+    if docker_engine := sys.modules.get("common.docker_engine"):
+        docker_engine.remove_all()
     os._exit(code)  # worker threads may still wait for a model or a command; their local sandboxes die with this process
 
 

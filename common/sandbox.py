@@ -87,11 +87,11 @@ def prepare(rows: list[dict], kind: str, *, check_images: bool = False, evict_im
     """
     kinds = [kind_of(row, kind) for row in rows]
     if "docker" in kinds:
-        from common import docker_sandbox
+        from common import docker_engine
 
-        docker_sandbox.images().evict = evict_images
+        docker_engine.images().evict = evict_images
         if check_images:
-            docker_sandbox.images().check([row["image"] for row, kind in zip(rows, kinds) if kind == "docker"])
+            docker_engine.images().check([row["image"] for row, kind in zip(rows, kinds) if kind == "docker"])
 
 
 def open_sandbox(row: dict, kind: str = "auto", command_timeout: float = 30.0, *, network: bool = False,
@@ -453,9 +453,9 @@ if __name__ == "__main__":
     for removed in prune():
         print(f"removed {removed}")
     try:
-        from common import docker_sandbox
+        from common import docker_engine
 
-        for name in docker_sandbox.prune():
+        for name in docker_engine.prune():
             print(f"removed container {name}")
     except StageError as error:
         print(f"no containers to look at: {error}", file=sys.stderr)

@@ -11,7 +11,7 @@ from pathlib import Path
 import docker_images
 import pytest
 
-from common import docker_sandbox as module
+from common import docker_engine as module
 from common.docker_sandbox import DockerSandbox, Frames
 from common.errors import InfraError, InputError
 from common.sandbox import MEGABYTE, LocalSandbox, home, kind_of

@@ -463,7 +463,7 @@ def test_refusals(tmp_path, monkeypatch):
     for path in ("/etc/x", "../x", ".git/config", "a/.git/hooks/x"):
         with pytest.raises(InputError, match="bad path"):
             LocalSandbox(make_row(source={path: ""})).start()
-    with pytest.raises(InputError, match="no field `local`"):
+    with pytest.raises(InputError, match="neither `local`, for the local sandbox, nor `image`"):
         open_sandbox({"instance_id": "x"}, "auto", 30.0)
     with pytest.raises(InputError, match="interpreter /no/python"):
         LocalSandbox(make_row(python="/no/python")).start()
