@@ -349,7 +349,8 @@ class TestOwners(EngineTests):
             with pytest.raises(InfraError, match="toy-1: "):
                 box.run("sleep 20")
 
-    def test_a_missing_image_is_an_infra_error_of_its_task(self):
+    def test_a_missing_image_is_an_infra_error_of_its_task(self, monkeypatch):
+        monkeypatch.setattr("common.images.TRIES", 1)
         for _ in range(2):
             with pytest.raises(InfraError, match="toy-1: .*127.0.0.1:9/none"):
                 DockerSandbox({"instance_id": "toy-1", "image": "127.0.0.1:9/none:latest"}).start()
