@@ -10,11 +10,11 @@ without `local` of a repository of SWE-bench or SWE-Gym gets the fields that a c
 (common/repositories.py), so what this prints is a data set for `swebench eval` too.
 
 `swe-gym:holdout` is 100 of SWE-Gym's 2,438 tasks, `swe-gym:train` all the others, as in the paper (arXiv 2605.12913).
-The paper's own list is not published. Ours is computed from the ids, so that it is the same for everybody: the 100 ids
-with the smallest sha256 of "swe-gym-holdout:0:ID", where 0 is the seed.
+The paper's own list is not published. Ours is common/swe_gym_holdout.txt: of the 2,119 ids that OpenHands found to be
+solvable in their images (its file swegym_verified_instances.json), the 100 with the smallest sha256 of
+"swe-gym-holdout:0:ID", where 0 is the seed.
 """
 
-import hashlib
 import json
 import sys
 from dataclasses import dataclass
@@ -34,7 +34,6 @@ DATASETS = {  # spec -> the data set's name on the hub, its split
     "swe-gym:holdout": ("SWE-Gym/SWE-Gym", "train"),
     "swe-gym-lite": ("SWE-Gym/SWE-Gym-Lite", "train"),
 }
-HOLDOUT = 100
 
 
 def load(spec: str, limit: int | None = None) -> list[dict]:
@@ -96,9 +95,9 @@ def hash_rows(rows: list[dict]) -> str:
     return run.hash_json(rows)
 
 
-def held_out_ids(ids: list[str]) -> set[str]:
+def held_out_ids() -> set[str]:
     """The 100 of SWE-Gym's ids that `swe-gym:holdout` has and `swe-gym:train` has not."""
-    return set(sorted(ids, key=lambda name: hashlib.sha256(f"swe-gym-holdout:0:{name}".encode()).digest())[:HOLDOUT])
+    return set(Path(__file__).with_name("swe_gym_holdout.txt").read_text().split())
 
 
 def _from_dataset(name: str, spec: str) -> list[dict]:
@@ -110,7 +109,9 @@ def _from_dataset(name: str, spec: str) -> list[dict]:
     rows = [json.loads(json.dumps(row, default=str)) for row in table]
     rows = [_complete(row, ".", f"{hub}:{split}[{place}]") for place, row in enumerate(rows)]
     if name.startswith("swe-gym:"):
-        held_out = held_out_ids([row["instance_id"] for row in rows])
+        held_out = held_out_ids()
+        if missing := held_out - {row["instance_id"] for row in rows}:
+            print(f"warning: {hub} has {len(missing)} of the {len(held_out)} held-out tasks no more", file=sys.stderr)
         rows = [row for row in rows if (row["instance_id"] in held_out) == (name == "swe-gym:holdout")]
     return rows
 

@@ -13,7 +13,7 @@ import pytest
 
 from common import docker_engine as module
 from common.docker_sandbox import DockerSandbox, Frames
-from common.errors import InfraError, InputError
+from common.errors import InfraError, InputError, StageError
 from common.sandbox import MEGABYTE, LocalSandbox, home, kind_of
 
 ROOT = Path(__file__).parent.parent
@@ -95,6 +95,19 @@ def test_no_engine_is_one_line_and_exit_code_1(tmp_path):
                           env=os.environ | {"DOCKER_HOST": f"unix://{tmp_path}/no.sock"})
     assert done.returncode == 1 and not (tmp_path / "out.jsonl.part").exists()
     assert done.stderr.startswith("error: no Docker engine: ") and done.stderr.count("\n") == 1
+
+
+def test_a_socket_that_may_not_be_used_is_named(monkeypatch):
+    """Tests run as root, whom no socket refuses: this is what the package says to others."""
+    import docker
+
+    def refuse(**_):
+        raise docker.errors.DockerException(
+            "Error while fetching server API version: ('Connection aborted.', PermissionError(13, 'Permission denied'))")
+
+    monkeypatch.setattr(docker, "from_env", refuse)
+    with pytest.raises(StageError, match="no Docker engine: .*usermod -aG docker"):
+        module.connect()
 
 
 def test_whose_containers_are_dead():

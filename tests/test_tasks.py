@@ -1,7 +1,6 @@
 """Task specs, files and data sets of rows, exclusion and the sample of each iteration."""
 
 import datetime
-import hashlib
 import json
 import os
 import subprocess
@@ -153,18 +152,19 @@ def test_a_bad_row_of_a_data_set_is_named(hub):
         tasks.load("dataset:x/y:train")
 
 
-def test_swe_gym_holds_out_the_same_hundred(hub):
-    names = [f"dask__dask-{n}" for n in range(300)]
-    hub["SWE-Gym/SWE-Gym", "train"] = [row(name) for name in names]
-    train, held_out = ([r["instance_id"] for r in tasks.load(f"swe-gym:{part}")] for part in ("train", "holdout"))
-    assert len(held_out) == 100 and not set(train) & set(held_out)
-    assert sorted(train + held_out) == sorted(names)
-    # the rule, written down once more: whatever the order of the rows, and for everybody
-    hashes = {name: hashlib.sha256(f"swe-gym-holdout:0:{name}".encode()).hexdigest() for name in names}
-    assert max(hashes[name] for name in held_out) < min(hashes[name] for name in train)
-    hub["SWE-Gym/SWE-Gym", "train"].reverse()
-    assert {r["instance_id"] for r in tasks.load("swe-gym:holdout")} == set(held_out)
-    assert [r["instance_id"] for r in tasks.load("swe-gym:holdout:3")] == held_out[:-4:-1]
+def test_swe_gym_holds_out_the_committed_hundred(hub, capsys):
+    listed = (ROOT / "common" / "swe_gym_holdout.txt").read_text().split()
+    assert len(set(listed)) == 100 and listed == sorted(listed)
+    others = [f"dask__dask-{n}" for n in range(300)]
+    assert not set(listed) & set(others)
+    hub["SWE-Gym/SWE-Gym", "train"] = [row(name) for name in others + listed[::-1]]
+    assert [r["instance_id"] for r in tasks.load("swe-gym:train")] == others
+    assert [r["instance_id"] for r in tasks.load("swe-gym:holdout")] == listed[::-1]
+    assert [r["instance_id"] for r in tasks.load("swe-gym:holdout:3")] == listed[:-4:-1]
+    assert capsys.readouterr().err == ""
+    hub["SWE-Gym/SWE-Gym", "train"] = [row(name) for name in listed[:98]]
+    assert len(tasks.load("swe-gym:holdout")) == 98
+    assert "has 2 of the 100 held-out tasks no more" in capsys.readouterr().err
 
 
 def test_plain_rows_are_completed_and_others_stay(hub, tmp_path):
