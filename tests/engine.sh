@@ -20,7 +20,9 @@ if ! answers; then
     answers || { echo "dockerd did not start:" >&2; tail -5 /tmp/dockerd.log >&2; exit 1; }
 fi
 if ! docker image inspect $image >/dev/null 2>&1; then
-    command -v debootstrap >/dev/null || apt-get -qq install -y --no-install-recommends debootstrap >/dev/null
+    if ! command -v debootstrap >/dev/null; then
+        { apt-get -qq update && apt-get -qq install -y --no-install-recommends debootstrap; } >/dev/null
+    fi
     root=$(mktemp -d)
     trap 'rm -rf "$root"' EXIT
     . /etc/os-release
