@@ -70,7 +70,7 @@ class Checkout:
                 continue
             if not known:
                 new.append(path)
-        for path in self._ignored(new):
+        for path in self.ignored(new):
             del files[path]
         return files
 
@@ -172,7 +172,7 @@ class Checkout:
                          for path, (mode, blob) in files.items())
         self.template.git("update-index", "-z", "--index-info", stdin=lines, objects=self.objects, **index)
 
-    def _ignored(self, paths: list[str]) -> list[str]:
+    def ignored(self, paths: list[str]) -> list[str]:
         """Which of these untracked paths the tree's .gitignore files exclude. Git sees copies of those files alone."""
         rules = [p for p, s in walk(self.tree) if os.path.basename(p) == ".gitignore" and stat.S_ISREG(s.st_mode)
                  and s.st_size <= LARGEST_NEW_FILE] if paths else []

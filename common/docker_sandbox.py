@@ -299,7 +299,7 @@ class DockerSandbox:
             _place(mirror.tree, path, entry)
         parents = {str(parent) for path in paths for parent in Path(path).parents}
         new = sorted(paths - self.tracked.keys() - parents)
-        paths = paths - (parents - self.tracked.keys()) - set(mirror._ignored(new))
+        paths = paths - (parents - self.tracked.keys()) - set(mirror.ignored(new))
         after |= self._fetch(self.container, paths - rules)
         links = {path for path, entry in after.items() if entry[0] == "120000"}
         before: dict[str, tuple] = {}
