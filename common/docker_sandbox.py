@@ -48,7 +48,7 @@ CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "KILL", "SETGID", "SETUID"]
 INIT = "trap 'kill -KILL -1' USR1; exec 3<> <(:); while :; do read -r -t 1 -u 3; wait; done"
 # stdout and stderr go the same way, or their order would be lost; the wrapper's own words ("Killed") go nowhere.
 COMMAND = 'exec 3>&1 >/dev/null 2>&1; cd /testbed 2>&3; bash -c "$1" >&3 2>&1 3>&-; code=$?; kill -KILL -1; exit $code'
-ACTIVATE = """if [ -f /opt/miniconda3/bin/activate ]; then . /opt/miniconda3/bin/activate; conda activate testbed; fi >&2
+ACTIVATE = """if [ -f /opt/miniconda3/bin/activate ]; then . /opt/miniconda3/bin/activate; conda activate testbed; fi >/dev/null 2>&1
 env -0"""
 # What HEAD does not reach goes: later commits are the answers. Tags that it reaches stay, some packages' versions need them.
 FORGET = r"""cd /testbed || exit
@@ -256,7 +256,7 @@ class DockerSandbox:
 
     def _tracked(self) -> dict[str, str]:
         """path -> git mode of the files that the repository tracks."""
-        listed = self._checked("cd /testbed && git ls-files -s -z")
+        listed = self._checked("cd /testbed && git ls-files -s -z 2>/dev/null")
         pairs = (entry.split("\t", 1) for entry in listed.split("\0")[:-1])
         return {path: head.split()[0] for head, path in pairs}
 

@@ -149,7 +149,7 @@ class TestCommands(EngineTests):
     def test_the_images_conda_environment_is_active(self):
         if docker_images.why_not():
             pytest.skip(docker_images.why_not())
-        activate = 'conda() { export PATH=/opt/miniconda3/envs/$2/bin:$PATH CONDA_DEFAULT_ENV=$2; }'
+        activate = 'conda() { echo a warning >&2; echo a word; export PATH=/opt/miniconda3/envs/$2/bin:$PATH CONDA_DEFAULT_ENV=$2; }'
         image = docker_images.build("conda", FILES, then=(
             "mkdir -p /opt/miniconda3/bin /opt/miniconda3/envs/testbed/bin\n"
             f"cat > /opt/miniconda3/bin/activate <<'X'\n{activate}\nX\n"
