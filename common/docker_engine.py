@@ -21,6 +21,7 @@ from common.images import Images
 
 LABEL = "swe-dagger"
 live: dict = {}  # id -> container
+STARTS = threading.BoundedSemaphore(8)  # containers that are being made at the same time
 _engine_lock = threading.Lock()
 
 
@@ -127,8 +128,13 @@ def _prune(client) -> list[str]:
 
 
 def remove_all(pid: int | None = None) -> None:
-    """Remove all containers of this process: at its end, however that comes."""
-    if pid in (None, os.getpid()) and live:
+    """Remove all containers of this process: at its end, however that comes. It can make none after this."""
+    if pid not in (None, os.getpid()):
+        return
+    until = time.monotonic() + 30.0
+    for _ in range(8):  # wait for what other threads are making just now, or it would stay behind
+        STARTS.acquire(timeout=max(0.0, until - time.monotonic()))
+    if live:
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(remove, list(live.values())))
 

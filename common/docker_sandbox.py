@@ -26,19 +26,17 @@ import io
 import os
 import tarfile
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 from common import checkout, repository
-from common.docker_engine import engine, images, labels, live, remove, said
+from common.docker_engine import STARTS, engine, images, labels, live, remove, said
 from common.errors import InfraError
 from common.limits import MEGABYTE, Output
 from common.sandbox import MAX_PRINTED, CommandResult, home, kind_of
 from common.sandbox import remove as remove_folder
 
 _clean: dict[str, bool] = {}  # image id -> whether its repository holds nothing but what HEAD reaches
-STARTS = threading.BoundedSemaphore(8)  # containers that are being started at the same time
 DISK_LOOK = 3.0  # seconds between two looks at what a running command has written
 MANY = 200  # changed files; more are fetched in one go, with the whole of /testbed
 DEFAULTS = {"LANG": "C.UTF-8", "TERM": "dumb", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}  # as local
@@ -93,8 +91,7 @@ class DockerSandbox:
             self.image_id = images().use(self.image, self.row["instance_id"])
             self.using = True
             try:
-                with STARTS:
-                    self.container = self._create(["bash", "-c", INIT], started=True)
+                self.container = self._create(["bash", "-c", INIT], started=True)
                 self.environment = None
                 activated = self._checked(ACTIVATE)
                 pairs = (part.split("=", 1) for part in activated.split("\0") if "=" in part)
@@ -155,14 +152,16 @@ class DockerSandbox:
             "ulimits": [docker.types.Ulimit(name="core", soft=0, hard=0),
                         docker.types.Ulimit(name="fsize", soft=self.disk // 2, hard=self.disk // 2)],
         }  # fmt: skip
-        container = engine().containers.create(self.image_id, **options)
-        live[container.id] = container
-        if started:
-            try:
-                container.start()
-            except BaseException:
-                remove(container)
-                raise
+        client = engine()
+        with STARTS:
+            container = client.containers.create(self.image_id, **options)
+            live[container.id] = container
+            if started:
+                try:
+                    container.start()
+                except BaseException:
+                    remove(container)
+                    raise
         return container
 
     @contextlib.contextmanager

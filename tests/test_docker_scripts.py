@@ -83,6 +83,30 @@ def test_stopped_and_started_again(tasks, undisturbed, tmp_path, sign):
     assert comparable(out) == comparable(undisturbed)
 
 
+def test_a_container_in_the_making_goes_too(tasks):
+    """A gate failed on this: at Ctrl-C another thread had asked the engine for a container and not heard of it yet."""
+    program = f"""if True:
+        import json, os, sys, threading, time
+        sys.path.insert(0, {str(ROOT)!r})
+        from docker.models.containers import ContainerCollection
+        from common import docker_engine, docker_sandbox
+        create, asked = ContainerCollection.create, threading.Event()
+        def slowly(self, *args, **options):
+            made = create(self, *args, **options)
+            asked.set()
+            time.sleep(1)
+            return made
+        ContainerCollection.create = slowly
+        row = json.loads(open({str(tasks)!r}).readline())
+        threading.Thread(target=docker_sandbox.DockerSandbox(row).start, daemon=True).start()
+        asked.wait(60)
+        docker_engine.remove_all()
+        os._exit(0)
+    """
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    assert ours() == []
+
+
 def test_a_missing_image_is_its_tasks_own_trouble(tasks, tmp_path):
     rows = [json.loads(line) for line in tasks.read_text().splitlines()][:3]
     rows[1]["image"] = "127.0.0.1:9/none:latest"
