@@ -20,10 +20,11 @@ from typing import Literal
 
 from common import mixing, run, schema
 from common.agent import AgentFlags
+from common.policies import PolicyFlags, StudentFlags, TeacherFlags
 
 
 @dataclass(kw_only=True)
-class Args(AgentFlags):
+class Args(AgentFlags, TeacherFlags, StudentFlags, PolicyFlags):
     tasks: str
     """toy:train|dev|test|study, swe-bench-verified, swe-bench-lite, swe-gym:train|holdout, swe-gym-lite,
     dataset:NAME:SPLIT, or a .jsonl, .json or .parquet file; each may end in :N"""
@@ -53,8 +54,6 @@ class Args(AgentFlags):
     """sampling temperature of both policies; 0 is greedy"""
     top_p: float = 0.9
     """nucleus sampling of both policies"""
-    teacher_key_env: str = "OPENAI_API_KEY"
-    """environment variable with the key of an openai: teacher"""
     workers: int = 8
     """trajectories at once"""
     seed: int = 0
@@ -96,9 +95,9 @@ def work(args: Args) -> None:
     by_id = {row["instance_id"]: row for row in rows}
     sandbox.prepare(rows, args.sandbox, check_images=args.check_images, evict_images=args.evict_images)
     policy = {
-        who: policies.open_policy(getattr(args, who), role=who, batch=args.workers, key_env=args.teacher_key_env,
-                                  temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
-                                  max_context=args.max_context)
+        who: policies.open_policy(getattr(args, who), role=who, batch=args.workers, temperature=args.temperature,
+                                  top_p=args.top_p, max_new_tokens=args.max_new_tokens, max_context=args.max_context,
+                                  **args.options(who))
         for who in schema.ACTORS if getattr(args, who) is not None
     }  # fmt: skip
 

@@ -16,12 +16,13 @@ it is kept with valid: false and never trained on. Stop at any moment: the same 
 from dataclasses import dataclass
 
 from common import run, schema
+from common.policies import PolicyFlags, TeacherFlags
 
 TRIES = 3
 
 
 @dataclass(kw_only=True)
-class Args:
+class Args(TeacherFlags, PolicyFlags):
     trajectories: list[str]
     """trajectory files"""
     teacher: str
@@ -32,8 +33,6 @@ class Args:
     """sampling temperature (default: the recorded one of the teacher)"""
     top_p: float | None = None
     """nucleus sampling (default: the recorded one of the teacher)"""
-    teacher_key_env: str = "OPENAI_API_KEY"
-    """environment variable with the key of an openai: teacher"""
     workers: int = 8
     """trajectories at once; the states of one are asked in order"""
     seed: int = 0
@@ -71,7 +70,7 @@ def work(args: Args) -> None:
     recorded = next(iter(trajectories.values()))
     sampling = (recorded["teacher"] or recorded["student"])["sampling"]
     teacher = policies.open_policy(
-        args.teacher, role="teacher", batch=args.workers, key_env=args.teacher_key_env,
+        args.teacher, role="teacher", batch=args.workers, **args.options("teacher"),
         temperature=sampling["temperature"] if args.temperature is None else args.temperature,
         top_p=sampling["top_p"] if args.top_p is None else args.top_p,
         max_new_tokens=recorded["limits"]["max_new_tokens"], max_context=recorded["limits"]["max_context"],

@@ -28,12 +28,13 @@ from typing import Literal
 
 from common import mixing, run, schema
 from common.agent import AgentFlags
+from common.policies import PolicyFlags, StudentFlags
 
 TEST_TIMEOUT = 120.0  # seconds, of the local grader
 
 
 @dataclass(kw_only=True)
-class Args(AgentFlags):
+class Args(AgentFlags, StudentFlags, PolicyFlags):
     tasks: str
     """toy:train|dev|test|study, swe-bench-verified, swe-bench-lite, swe-gym:train|holdout, swe-gym-lite,
     dataset:NAME:SPLIT, or a .jsonl, .json or .parquet file; each may end in :N"""
@@ -94,7 +95,7 @@ def work(args: Args) -> None:
     student = given = None
     if args.student:
         student = policies.open_policy(
-            args.student, role="student", batch=args.workers, key_env=args.teacher_key_env,
+            args.student, role="student", batch=args.workers, **args.options("student"),
             temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
             max_context=args.max_context,
         )  # fmt: skip

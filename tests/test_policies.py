@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import tiny
 
-from common import policies
+from common import openai_policy, policies
 from common.errors import InfraError, InputError
 
 CHAT = [{"role": "system", "content": "Fix it."}, {"role": "user", "content": "total is wrong"}]
@@ -247,7 +247,7 @@ class Server:
 @pytest.fixture
 def serve(monkeypatch):
     """serve(script...) -> (server, policy): time runs two hundred times faster between tries."""
-    monkeypatch.setattr(policies, "BACKOFF", 0.01)
+    monkeypatch.setattr(openai_policy, "BACKOFF", 0.01)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     servers = []
 
@@ -329,7 +329,7 @@ def test_thin_answers(serve):
 )  # fmt: skip
 def test_trouble_that_passes(serve, monkeypatch, trouble):
     if trouble is hang:
-        monkeypatch.setattr(policies, "REQUEST_TIMEOUT", 0.5)
+        monkeypatch.setattr(openai_policy, "REQUEST_TIMEOUT", 0.5)
     server, policy = serve(trouble, trouble, (200, {}, GOOD))
     assert act(policy).text == "hello"
     assert len(server.requests) == 3
@@ -369,7 +369,7 @@ def test_no_waiting_beyond_the_window(serve):
 
 def test_backoff_grows_and_is_seeded(serve, monkeypatch):
     waits = []
-    monkeypatch.setattr(policies.time, "sleep", waits.append)
+    monkeypatch.setattr(openai_policy.time, "sleep", waits.append)
     for seed in (1, 1, 2):
         _, policy = serve(refuse(500, "oops"))
         with pytest.raises(InfraError):
