@@ -1,4 +1,4 @@
-"""Who answers a state: `hf:`, `openai:`, `oracle`, `replay:`, each with the same five methods.
+"""Who answers a state: `hf:`, `vllm:`, `openai:`, `oracle`, `replay:`, each with the same five methods.
 
     policy.act(row, messages, seed=, episode=, turn=, attempt=) -> Answer     blocks; many threads call it at once
     policy.describe() -> dict       what was asked for, as it is recorded and compared on resume; loads nothing
@@ -7,7 +7,7 @@
     policy.close()
 
 A policy sees messages alone; the row is for the oracle and for `replay:`, which find their answer by its instance_id.
-`hf:` is in hf_policy.py, `openai:` in openai_policy.py. What is not here: starting servers, prices, caching of answers.
+`hf:` is in hf_policy.py, `openai:` in openai_policy.py, `vllm:` in vllm_policy.py. What is not here: prices, caching of answers.
 """
 
 import hashlib
@@ -19,7 +19,8 @@ from pathlib import Path
 from common import jsonl
 from common.errors import InputError
 
-KINDS = """hf:MODEL[,adapter=DIR][,quant=nf4|none]   openai:MODEL@URL   oracle   replay:FILE"""
+KINDS = """hf:MODEL[,adapter=DIR][,quant=nf4|none]   openai:MODEL@URL   oracle   replay:FILE
+vllm:MODEL[,adapter=DIR][,gpus=0+1][,util=0.4][,args=...]"""
 
 
 class ContextLimit(Exception):
@@ -106,7 +107,7 @@ def open_policy(
     """The policy that `spec` names. Raises InputError for a bad one; models are loaded with the first question.
 
     role: "student" or "teacher" (who is asked for log-probabilities, whose key key_env names). batch: how many
-    threads will ask at once. extra: more fields of the request (openai:), {"chat_template_kwargs": {...}} (hf:).
+    threads will ask at once. extra: more fields of the request (openai:, vllm:), {"chat_template_kwargs": {...}} (hf:).
     inflight: requests at once to a server. keep_reasoning: PolicyFlags.
     """
     kind, _, rest = spec.partition(":")
@@ -121,6 +122,10 @@ def open_policy(
         from common.openai_policy import OpenAIPolicy
 
         return OpenAIPolicy(rest, role, sampling, max_context, key_env, extra or {})
+    if kind == "vllm" and rest:
+        from common.vllm_policy import VllmPolicy
+
+        return VllmPolicy(rest, role, sampling, max_context, extra or {})
     if spec == "oracle":
         return OraclePolicy(sampling)
     if kind == "replay" and rest:
