@@ -4,6 +4,7 @@
 #   ./run_loop.sh                     the whole loop on the embedded tasks and student: a laptop, no GPU, no Docker
 #   ITERATIONS=5 ./run_loop.sh        goes on from where a finished run stopped
 #   RUN=mine TASKS=mine.jsonl EVAL_TASKS=dev.jsonl TEST_TASKS= TEACHER=openai:MODEL@URL STUDENT=hf:MODEL ./run_loop.sh
+#   STUDENT=vllm:MODEL,util=0.3 TEACHER=vllm:LARGE_MODEL,util=0.6 ...      on a GPU, or on several with gpus=0 and gpus=1+2
 #
 # Every stage is a script that reads and writes files below runs/$RUN. Stop it at any moment and call it again.
 set -euo pipefail
@@ -30,9 +31,10 @@ TRAIN_FLAGS=${TRAIN_FLAGS:---epochs 2 --batch-size 1 --lr 2e-3}  # more flags fo
 . common/setup.sh
 
 case $RUN in /*) run=$RUN ;; *) run=runs/$RUN ;; esac
-model=${STUDENT#hf:} model=${model%%,*}
+model=${STUDENT#*:} model=${model%%,*}
+export SWE_DAGGER_KEEPER=$$               # a vllm: server that one stage starts serves the next ones, until this script ends
 iter() { printf '%s/iter_%03d' "$run" "$1"; }
-student() { [ "$1" = 0 ] && echo "$STUDENT" || echo "$STUDENT,adapter=$(iter "$1")/adapter"; }
+student() { [ "$1" = 0 ] && echo "$STUDENT" || echo "${STUDENT%%,*},adapter=$(iter "$1")/adapter${STUDENT#"${STUDENT%%,*}"}"; }
 collected() {                             # what iteration $1 trains on, and what it starts from
     case $AGGREGATE in
         union) for ((j = 1; j <= $1; j++)); do iter "$j"; echo; done ;;
@@ -61,7 +63,8 @@ for ((i = 1; i <= ITERATIONS; i++)); do
     stage "iteration $i: relabel" 02_relabel.py --trajectories "$dir/trajectories.jsonl" --teacher "$TEACHER" \
         --out "$dir/labels.jsonl" --workers "$WORKERS"
 
-    # 3. Train the student on all labels so far
+    # 3. Train the student on all labels so far, with the GPU to itself
+    "$PYTHON" -m common.serve stop "$STUDENT" "$TEACHER" >&2
     stage "iteration $i: train" 03_train.py --data $(collected "$i") --model "$model" --out "$dir/adapter" $TRAIN_FLAGS
 
     # 4. What can it do now?

@@ -41,6 +41,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from itertools import takewhile
 from pathlib import Path
 
 from common import guard, models
@@ -50,7 +51,7 @@ from common.hf_policy import hash_adapter
 from common.run import ROOT, hash_json
 
 START_LIMIT = 3600.0  # seconds until a server must be up; most of them go to fetching the weights
-RANKS = (64, 128, 256, 320, 512)  # of an adapter, as vLLM wants them: the first that is enough
+RANKS = (64, 128, 256, 320, 512)  # what a server makes room for: the first that is enough for its adapters
 FORM = "vllm:MODEL[,adapter=DIR][,gpus=0+1][,util=0.4][,args=...]"
 
 
@@ -188,11 +189,11 @@ def start(spec: Spec, keeper: str | None = None) -> Server:
         if not guard.free(turn):
             say("waiting for another server to come up")
             fcntl.flock(turn, fcntl.LOCK_EX)
+        _use(spec.folder)
         for folder in _servers().glob("*/"):
             guard.sweep(folder)
-        _use(spec.folder)
-        if _server(spec.folder) is None:
-            _gone(spec.folder)  # one that is just ending
+            if _server(folder) is None:
+                _gone(folder)  # one that is just ending: its memory is needed
         guard_process = None
         if not guard.alive(spec.folder):
             guard_process = _launch(spec, keeper)
@@ -211,10 +212,7 @@ def start(spec: Spec, keeper: str | None = None) -> Server:
 
 
 def find(spec: Spec) -> Server | None:
-    """The running server of a spec, with this process as one of its users."""
-    if not guard.alive(spec.folder):
-        return None
-    _use(spec.folder)
+    """The server of a spec if there is one, up or coming up."""
     return _server(spec.folder) if guard.alive(spec.folder) else None
 
 
@@ -246,7 +244,7 @@ def last_words(folder: Path) -> str:
     lines = [re.sub(r"^(\(.*?pid=\d+\) )?([A-Z]+ \S+ [\d:]+ \[\S+\] )?", "", line).strip() for line in lines]
     said = [n for n, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception): |.*\berror: ", line)
             and not re.search("root cause above|Engine core init", line)]  # fmt: skip
-    found = " ".join(lines[said[-1] :][:3]) if said else next((line for line in reversed(lines) if line), "nothing in its log")
+    found = " ".join(takewhile(lambda line: "Traceback" not in line, lines[said[-1] :][:3])) if said else next((line for line in reversed(lines) if line), "nothing in its log")
     return f"{found[:500]} (log: {folder / 'log'})"
 
 
@@ -335,7 +333,7 @@ def _launch(spec: Spec, keeper: str | None) -> subprocess.Popen:
              "command": command, "cwd": os.getcwd()}  # fmt: skip
     (folder / "state.json").write_text(json.dumps(state, indent=1))
     # Locked here and inherited, so that there is no moment in which the server is on its way and not seen.
-    with open(folder / "alive", "w") as alive, open(folder / "log", "wb") as log:
+    with open(folder / "alive", "w") as alive, open(folder / "log", "ab") as log:
         fcntl.flock(alive, fcntl.LOCK_EX)
         process = subprocess.Popen([sys.executable, "-m", "common.guard", folder], cwd=ROOT, env=environment, stdout=log,
                                    stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,

@@ -18,7 +18,8 @@ class VllmPolicy(Plain):
     """MODEL[,adapter=DIR][,gpus=0+1][,util=0.4][,args=...]; asks its server as OpenAIPolicy does.
 
     If the server dies, a new one is started, and what was asked is asked again; one that was started by hand is not.
-    Of args, the record names --quantization alone: the rest is taken to say only how.
+    Of args, the record names --quantization alone: the rest is taken to say only how. An adapter that was trained on an NF4
+    base is served on the plain one, unless args=--quantization bitsandbytes.
     """
 
     def __init__(self, rest: str, role: str, sampling: dict, max_context: int | None, extra: dict, **options):
@@ -29,8 +30,8 @@ class VllmPolicy(Plain):
         self.adapter_hash = hash_adapter(self.spec.adapter) if self.spec.adapter else None
         self.role, self.max_context, self.options = role, max_context, options
         self.lock = threading.Lock()
-        self.server = self.client = None
-        self.restarts = 0
+        self.server, self.restarts = None, 0
+        self.clients: list[OpenAIPolicy] = []  # one for each server; threads may still wait for an answer of an older one
 
     def describe(self) -> dict:
         return super().describe() | {
@@ -55,24 +56,22 @@ class VllmPolicy(Plain):
                     model = server.adapter(self.spec.adapter) if self.spec.adapter else self.spec.model
                 except (OSError, http.client.HTTPException) as error:
                     raise InfraError(f"{self.name}: no adapter could be loaded: {error}") from None
-                self.close()
+                client = OpenAIPolicy(f"{model}@{server.url}", self.role, self.sampling, self.max_context, None, self.extra,
+                                      **self.options)  # fmt: skip
+                client.key, client.name = server.key, self.name
                 self.server = server
-                self.client = OpenAIPolicy(f"{model}@{server.url}", self.role, self.sampling, self.max_context, None,
-                                           self.extra, **self.options)  # fmt: skip
-                self.client.key, self.client.name = server.key, self.name
-            return self.server, self.client
+                self.clients.append(client)
+            return self.server, self.clients[-1]
 
     def _again(self) -> serve.Server:
-        died = f"{self.name}: the server died: {serve.last_words(self.spec.folder)}"
-        if self.server.stays:
-            if server := serve.find(self.spec):
-                return server
-            raise InfraError(f"{died}; python -m common.serve start brings it back")
-        if self.restarts == RESTARTS:
-            raise InfraError(f"{died}; it was started again {RESTARTS} times")
+        """Another server after one that died; who started that one by hand has to start the other one too."""
+        by_hand = self.server.stays
+        if not (serve.find(self.spec) if by_hand else self.restarts < RESTARTS):
+            how = "python -m common.serve start brings it back" if by_hand else f"it was started again {RESTARTS} times"
+            raise InfraError(f"{self.name}: the server died: {serve.last_words(self.spec.folder)}; {how}")
         self.restarts += 1
         return serve.start(self.spec)
 
     def close(self) -> None:
-        if self.client:
-            self.client.close()
+        for client in self.clients:
+            client.close()

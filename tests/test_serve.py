@@ -341,3 +341,23 @@ def test_one_that_was_started_by_hand_is_not_started_again(program, hasty):
     assert not groups(program)
     command("start", "vllm:m")
     assert ask(policy) == "m: hello"
+
+
+@pytest.mark.slow
+def test_the_loop_shares_a_server_but_not_with_training(program, tmp_path):
+    """Two stages before the training and one after it: two starts; none is alive while it trains, or at the end."""
+    import tiny
+
+    model = tiny.model_dir(tmp_path / "model")
+    done = subprocess.run([ROOT / "run_loop.sh"], capture_output=True, text=True, env=os.environ | {
+        "RUN": str(tmp_path / "run"), "STUDENT": f"vllm:{model},util=0.5", "ITERATIONS": "1", "SAMPLE": "1", "WORKERS": "2",
+        "EVAL_TASKS": "toy:dev:1", "TEST_TASKS": "", "AGENT_FLAGS": "--max-turns 2 --max-new-tokens 8", "MIX": "student",
+        "TRAIN_FLAGS": "--epochs 1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith(("== ", "stopped")) or ": up after" in line]
+    said = [line.split(":")[-1].split(",")[0].split(" after")[0].strip() for line in said]
+    assert [line.split()[0] for line in said] == ["==", "up", "==", "collect", "relabel", "stopped", "train", "evaluate", "up"]
+    wait_until(lambda: not groups(program))
+    made = json.loads((tmp_path / "run/iter_001/eval/trajectories.jsonl").read_text())
+    assert made["student"]["adapter"] == str(tmp_path / "run/iter_001/adapter")
+    assert made["messages"][2]["content"].startswith("adapter-")
