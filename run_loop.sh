@@ -4,7 +4,7 @@
 #   ./run_loop.sh                     the whole loop on the embedded tasks and student: a laptop, no GPU, no Docker
 #   ITERATIONS=5 ./run_loop.sh        goes on from where a finished run stopped
 #   RUN=mine TASKS=mine.jsonl EVAL_TASKS=dev.jsonl TEST_TASKS= TEACHER=openai:MODEL@URL STUDENT=hf:MODEL ./run_loop.sh
-#   STUDENT=vllm:MODEL,util=0.3 TEACHER=vllm:LARGE_MODEL,util=0.6 ...      on a GPU, or on several with gpus=0 and gpus=1+2
+#   STUDENT=vllm:MODEL,util=0.3 TEACHER=vllm:LARGE_MODEL,util=0.6 ...   on a GPU, or on several: gpus=0 and gpus=1+2
 #
 # Every stage is a script that reads and writes files below runs/$RUN. Stop it at any moment and call it again.
 set -euo pipefail
@@ -31,10 +31,10 @@ TRAIN_FLAGS=${TRAIN_FLAGS:---epochs 2 --batch-size 1 --lr 2e-3}  # more flags fo
 . common/setup.sh
 
 case $RUN in /*) run=$RUN ;; *) run=runs/$RUN ;; esac
-model=${STUDENT#*:} model=${model%%,*}
-export SWE_DAGGER_KEEPER=$$               # a vllm: server that one stage starts serves the next ones, until this script ends
+base=${STUDENT%%,*} model=${base#*:}
+export SWE_DAGGER_KEEPER=$$               # a vllm: server that one stage starts serves the next ones, until we end
 iter() { printf '%s/iter_%03d' "$run" "$1"; }
-student() { [ "$1" = 0 ] && echo "$STUDENT" || echo "${STUDENT%%,*},adapter=$(iter "$1")/adapter${STUDENT#"${STUDENT%%,*}"}"; }
+student() { [ "$1" = 0 ] && echo "$STUDENT" || echo "$base,adapter=$(iter "$1")/adapter${STUDENT#"$base"}"; }
 collected() {                             # what iteration $1 trains on, and what it starts from
     case $AGGREGATE in
         union) for ((j = 1; j <= $1; j++)); do iter "$j"; echo; done ;;

@@ -1,18 +1,18 @@
 """The process behind a server: starts it, and ends its whole process group when nobody is left who needs it.
 
-    python -m common.guard DIR        common/serve.py starts this; it reads DIR/state.json and leaves again with the server
+    python -m common.guard DIR        common/serve.py starts this, and it reads DIR/state.json
 
-A server is several processes, and the others live on, GPU memory and all, when the first one is killed. So the guard ends
-all of them: when the first one has ended, however that came; when it is told to (SIGTERM); and when nobody uses the server
-any more. Who uses it says the kernel, by locks that end with their process:
+A server is several processes, and the others live on, GPU memory and all, when the first one is killed. So the guard
+ends all of them: when the first one has ended, however that came; when it is told to (SIGTERM); and when nobody uses
+the server any more. Who uses it says the kernel, by locks that end with their process:
 
     DIR/alive   locked by the guard for as long as it lives, that is for as long as there is a server
     DIR/users   locked, shared, by every script that uses the server; if nobody holds it, the server ends, unless
-    DIR/keeper  is there: empty, the server stays until it is stopped; else it names a process, and stays while that lives
+    DIR/keeper  is there: empty, the server stays until it is stopped; else, as long as the process that it names
     DIR/stop    ends it, whoever uses it
 
-state.json goes first and `alive` last: a server that is just ending is no longer found, and not yet started again. After
-kill -9 of the guard itself, `sweep` (the next start, status or stop) ends what DIR/group names.
+state.json goes first and `alive` last: a server that is just ending is no longer found, and not yet started again.
+After kill -9 of the guard itself, `sweep` (the next start, status or stop) ends what DIR/group names.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ def keeps(folder: Path) -> bool:
         keeper = (folder / "keeper").read_text()
     except FileNotFoundError:
         return False
-    return not keeper or name(int(keeper.split()[0])) == keeper
+    return not keeper or "None" not in keeper and name(int(keeper.split()[0])) == keeper
 
 
 def free(lock, kind: int = fcntl.LOCK_EX) -> bool:

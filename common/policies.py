@@ -7,7 +7,7 @@
     policy.close()
 
 A policy sees messages alone; the row is for the oracle and for `replay:`, which find their answer by its instance_id.
-`hf:` is in hf_policy.py, `openai:` in openai_policy.py, `vllm:` in vllm_policy.py. What is not here: prices, caching of answers.
+`hf:`, `openai:` and `vllm:` are in hf_policy.py, openai_policy.py and vllm_policy.py. Not here: prices, cached answers.
 """
 
 import hashlib

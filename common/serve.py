@@ -4,20 +4,20 @@
     python -m common.serve status
     python -m common.serve stop [SPEC...]                                 the given ones, or all
 
-A SPEC is what the scripts take: vllm:MODEL[,adapter=DIR][,gpus=0+1][,util=0.4][,args=...]. Other policies are passed over.
+A SPEC is what the scripts take: vllm:MODEL[,adapter=DIR][,gpus=0+1][,util=0.4][,args=...]; others are passed over.
 
     gpus=0+1    these GPUs, tensor parallel; data parallel with args=--data-parallel-size 2
     util=0.4    share of a GPU's memory (two servers on one GPU: util=0.3 and util=0.6); vLLM's default takes nearly all
     args=...    comes last and takes the rest: more arguments for `vllm serve`, as args=--max-model-len 32768
 
-A script with a `vllm:` policy uses the server of the same model, gpus, util and args if there is one, else it starts one,
-which ends with the last script that uses it, whatever ends that (common/guard.py). With SWE_DAGGER_KEEPER=PID in the
-environment it stays for the next script, for as long as the process PID lives: so run_loop.sh shares servers.
+A script with a `vllm:` policy uses the server of the same model, gpus, util and args if there is one, else it starts
+one, which ends with the last script that uses it, whatever ends that (common/guard.py). With SWE_DAGGER_KEEPER=PID in
+the environment it stays for the next script, for as long as the process PID lives: so run_loop.sh shares servers.
 
-Each server has a directory under the cache: key, state.json, log, adapters. It listens on a loopback port and wants a random
-key; vLLM asks for the key below /v1 alone, and other users of this machine can reach what lies elsewhere. An adapter
-is copied and served under a name made of its hash: weights that change under one name would be mixed up with cached ones.
-Servers that were started without any adapter take none (what an adapter needs costs memory and speed).
+Each server has a directory under the cache: key, state.json, log, adapters. It listens on a loopback port and wants a
+random key; vLLM asks for the key below /v1 alone, and other users of this machine can reach what lies elsewhere. An
+adapter is copied and served under a name made of its hash: weights that change under one name would be mixed up with
+cached ones. A server that was started without any adapter takes none (room for them costs memory and speed).
 
 $SWE_DAGGER_VLLM names the program, by default the `vllm` beside this Python, or else on PATH.
 Not here: servers on other machines (openai:MODEL@URL), more than one node.
@@ -73,7 +73,8 @@ class Spec:
 
     def option(self, *names: str) -> str | None:
         """The value of an option in args."""
-        words = [part for word in shlex.split(self.args) for part in (word.split("=", 1) if word[:2] == "--" else [word])]
+        words = shlex.split(self.args)
+        words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
         return next((after for word, after in zip(words, words[1:]) if word in names), None)
 
 
@@ -150,8 +151,9 @@ class Server:
             if "already been loaded" not in words:
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     words = json.loads(words)["error"]["message"]
-                raise InputError(f"{directory}: vLLM does not take this adapter: {' '.join(words.split())[:400]} (a larger "
-                                 "rank: start the server with this adapter, or with args=--max-lora-rank N)") from None
+                words = " ".join(words.split())[:400]
+                raise InputError(f"{directory}: vLLM does not take this adapter: {words} (a larger rank: start the "
+                                 "server with this adapter, or args=--max-lora-rank N)") from None  # fmt: skip
         return name
 
     def healthy(self) -> bool:
@@ -169,15 +171,15 @@ class Server:
         request = urllib.request.Request(
             self.url.removesuffix("/v1") + path, body and json.dumps(body).encode(),
             {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"})  # fmt: skip
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy cannot reach this machine's loopback
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy can reach our loopback
         with direct.open(request, timeout=timeout) as reply:
             return reply.read()
 
 
 def start(spec: Spec, keeper: str | None = None) -> Server:
-    """The server of a spec, a running one or a new one; returns when it is up. Raises StageError with its own last error.
+    """The server of a spec, a running one or a new one; returns when it is up. Raises StageError with its last error.
 
-    keeper: "" lets it stay until it is stopped. While this process lives, the server does, unless it fails or is stopped.
+    keeper: "" lets it stay until it is stopped. It lives as long as this process does, unless it fails or is stopped.
     """
     from tqdm import tqdm
 
@@ -244,7 +246,10 @@ def last_words(folder: Path) -> str:
     lines = [re.sub(r"^(\(.*?pid=\d+\) )?([A-Z]+ \S+ [\d:]+ \[\S+\] )?", "", line).strip() for line in lines]
     said = [n for n, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception): |.*\berror: ", line)
             and not re.search("root cause above|Engine core init", line)]  # fmt: skip
-    found = " ".join(takewhile(lambda line: "Traceback" not in line, lines[said[-1] :][:3])) if said else next((line for line in reversed(lines) if line), "nothing in its log")
+    if said:
+        found = " ".join(takewhile(lambda line: "Traceback" not in line, lines[said[-1] :][:3]))
+    else:
+        found = next((line for line in reversed(lines) if line), "nothing in its log")
     return f"{found[:500]} (log: {folder / 'log'})"
 
 
@@ -294,13 +299,8 @@ def _gone(folder: Path) -> None:
         time.sleep(0.05)
 
 
-def _launch(spec: Spec, keeper: str | None) -> subprocess.Popen:
-    """Start the guard, and with it the server."""
-    folder, rank = spec.folder, _ranks.get(spec.folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    gpus = spec.gpus.split("+") if spec.gpus else []
+def _command(spec: Spec, port: int) -> list[str]:
+    rank, gpus = _ranks.get(spec.folder), (spec.gpus or "").split("+")
     command = [
         executable(), "serve", model_path(_absolute(spec.model)), "--served-model-name", spec.model,
         "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "auto",
@@ -313,13 +313,20 @@ def _launch(spec: Spec, keeper: str | None) -> subprocess.Popen:
         command += ["--tensor-parallel-size", str(max(1, len(gpus) // copies))]
     if rank:
         command += ["--enable-lora", "--max-lora-rank", str(next(enough for enough in RANKS if enough >= rank))]
-    command += shlex.split(spec.args)  # last: what is said there holds
+    return command + shlex.split(spec.args)  # last: what is said there holds
 
+
+def _launch(spec: Spec, keeper: str | None) -> subprocess.Popen:
+    """Start the guard, and with it the server."""
+    folder = spec.folder
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = _command(spec, port)
     key = secrets.token_urlsafe(32)
-    environment = os.environ | {"VLLM_API_KEY": key, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1",
-                                "DO_NOT_TRACK": "1"}  # fmt: skip
-    if gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    environment = os.environ | {"VLLM_API_KEY": key, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "DO_NOT_TRACK": "1"}
+    if spec.gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = spec.gpus.replace("+", ",")
     if keeper is None and (pid := os.environ.get("SWE_DAGGER_KEEPER")):
         keeper = guard.name(int(pid))
     if keeper is not None:
@@ -329,16 +336,15 @@ def _launch(spec: Spec, keeper: str | None) -> subprocess.Popen:
     (folder / "stop").unlink(missing_ok=True)
     if (folder / "log").exists():
         (folder / "log").replace(folder / "log.1")
-    state = {"model": spec.model, "url": f"http://127.0.0.1:{port}/v1", "adapters": rank is not None, "started": time.time(),
-             "command": command, "cwd": os.getcwd()}  # fmt: skip
+    state = {"model": spec.model, "url": f"http://127.0.0.1:{port}/v1", "adapters": folder in _ranks,
+             "started": time.time(), "command": command, "cwd": os.getcwd()}  # fmt: skip
     (folder / "state.json").write_text(json.dumps(state, indent=1))
     # Locked here and inherited, so that there is no moment in which the server is on its way and not seen.
     with open(folder / "alive", "w") as alive, open(folder / "log", "ab") as log:
         fcntl.flock(alive, fcntl.LOCK_EX)
-        process = subprocess.Popen([sys.executable, "-m", "common.guard", folder], cwd=ROOT, env=environment, stdout=log,
-                                   stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
-                                   pass_fds=[alive.fileno()])  # fmt: skip
-    return process
+        return subprocess.Popen([sys.executable, "-m", "common.guard", folder], cwd=ROOT, env=environment, stdout=log,
+                                stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
+                                pass_fds=[alive.fileno()])  # fmt: skip
 
 
 def _wait(spec: Spec, process: subprocess.Popen | None, say) -> Server:

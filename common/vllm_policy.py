@@ -18,12 +18,12 @@ class VllmPolicy(Plain):
     """MODEL[,adapter=DIR][,gpus=0+1][,util=0.4][,args=...]; asks its server as OpenAIPolicy does.
 
     If the server dies, a new one is started, and what was asked is asked again; one that was started by hand is not.
-    Of args, the record names --quantization alone: the rest is taken to say only how. An adapter that was trained on an NF4
-    base is served on the plain one, unless args=--quantization bitsandbytes.
+    Of args, the record names --quantization alone: the rest is taken to say only how. An adapter that was trained on an
+    NF4 base is served on the plain one, unless args=--quantization bitsandbytes.
     """
 
     def __init__(self, rest: str, role: str, sampling: dict, max_context: int | None, extra: dict, **options):
-        """`options` go to OpenAIPolicy. Raises InputError for a bad spec; the program is looked for with the first question."""
+        """`options` go to OpenAIPolicy. Raises InputError for a bad spec; the first question starts a server."""
         super().__init__(sampling)
         self.spec = serve.parse(rest)
         self.name, self.extra = f"vllm:{self.spec.model}", PLAIN_SAMPLING | extra
@@ -31,7 +31,7 @@ class VllmPolicy(Plain):
         self.role, self.max_context, self.options = role, max_context, options
         self.lock = threading.Lock()
         self.server, self.restarts = None, 0
-        self.clients: list[OpenAIPolicy] = []  # one for each server; threads may still wait for an answer of an older one
+        self.clients: list[OpenAIPolicy] = []  # one for each server: threads may still wait for the last one
 
     def describe(self) -> dict:
         return super().describe() | {
@@ -56,8 +56,8 @@ class VllmPolicy(Plain):
                     model = server.adapter(self.spec.adapter) if self.spec.adapter else self.spec.model
                 except (OSError, http.client.HTTPException) as error:
                     raise InfraError(f"{self.name}: no adapter could be loaded: {error}") from None
-                client = OpenAIPolicy(f"{model}@{server.url}", self.role, self.sampling, self.max_context, None, self.extra,
-                                      **self.options)  # fmt: skip
+                client = OpenAIPolicy(f"{model}@{server.url}", self.role, self.sampling, self.max_context, None,
+                                      self.extra, **self.options)  # fmt: skip
                 client.key, client.name = server.key, self.name
                 self.server = server
                 self.clients.append(client)

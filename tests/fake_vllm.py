@@ -1,7 +1,7 @@
-"""What `vllm serve` looks like from outside: a process with a child, a key, health, adapters, answers that name the model.
+"""What `vllm serve` looks like from outside: a process with a child, a key, health, adapters, answers.
 
-args=--fail WORDS: prints what an engine prints that cannot start. args=--stubborn: the child ignores SIGTERM.
-The served answer is the name of the model that was asked and the request's seed; "die" in a question kills the first process.
+args=--fail WORDS: prints what an engine prints that cannot start. args=--slow SECONDS: comes up late.
+The answer is the name of the model that was asked and the question; "die" in a question kills the first process.
 """
 
 import argparse
@@ -23,7 +23,7 @@ for flag in ("--port", "--max-lora-rank", "--tensor-parallel-size"):
     parser.add_argument(flag, type=int)
 parser.add_argument("--slow", type=float, default=0)
 for flag in ("--enable-prefix-caching", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log",
-             "--enable-lora", "--stubborn"):  # fmt: skip
+             "--enable-lora"):  # fmt: skip
     parser.add_argument(flag, action="store_true")
 args = parser.parse_args()
 names = [args.served_model_name]
@@ -65,19 +65,19 @@ class Handler(BaseHTTPRequestHandler):
         if "die" in said:
             os.kill(os.getpid(), signal.SIGKILL)
         self.answer({"id": "1", "object": "chat.completion", "created": 1, "model": body["model"], "choices": [{
-            "index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": f"{body['model']}: {said}"}}],
-            "usage": {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11}, "asked": body})  # fmt: skip
+            "index": 0, "finish_reason": "stop",
+            "message": {"role": "assistant", "content": f"{body['model']}: {said}"}}],
+            "usage": {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11}})  # fmt: skip
 
     def log_message(self, *_):
         pass
 
 
 print("INFO 11-24 00:05:08 [core.py:1] loading", " ".join(sys.argv), flush=True)
-stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " if args.stubborn else ""
-subprocess.Popen([sys.executable, "-c", f"{stubborn}import time; time.sleep(600)"])
+subprocess.Popen(["sleep", "600"])
 if args.fail:
     print(f"(EngineCore pid=7) ERROR 11-24 00:05:08 [core.py:317] ValueError: {args.fail}")
-    print("(APIServer pid=6) RuntimeError: Engine core initialization failed. See root cause above. Failed: {}", flush=True)
+    print("(APIServer pid=6) RuntimeError: Engine core initialization failed. See root cause above.", flush=True)
     sys.exit(1)
 time.sleep(args.slow)
 ThreadingHTTPServer((args.host, args.port), Handler).serve_forever()

@@ -22,8 +22,8 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(not (RIG / "installed").exists(), reason="no vLLM for CPU: tests/vllm_rig.sh builds it"),
 ]
-ARGS = ",args=--enforce-eager --dtype float32 --max-model-len 2048 --block-size 16"
-# float32: to be compared with transformers; blocks as small as on a GPU: conversations here are short
+ARGS = ",args=--enforce-eager --dtype float32 --max-model-len 2048 --block-size 32"
+# float32: to be compared with transformers; small blocks: conversations here are short
 BASE = "vllm:smollm2-135m" + ARGS
 CHAT = [{"role": "system", "content": "You fix bugs."}, {"role": "user", "content": "total() is wrong. Where is it?"}]
 
@@ -160,11 +160,12 @@ def wait_until(true, seconds: float) -> None:
 
 
 def test_a_server_that_is_killed(server, adapters, tmp_path):
-    """By hand: the run stops and says why. The same command starts its own; killed as well, that one is started again."""
+    """By hand: the run stops and says why. The same command starts its own; that one is killed, and started again."""
     out, (part, log) = tmp_path / "t.jsonl", (tmp_path / "t.jsonl.part", server.folder / "log")
     serve.leave()  # until here this process was one of its users
-    command = [sys.executable, ROOT / "01_collect.py", "--teacher", "oracle", "--student", BASE, "--out", out, "--tasks",
-               "toy:train:12", "--beta", "0.3", "--max-turns", "3", "--max-new-tokens", "24", "--workers", "3"]  # fmt: skip
+    command = [sys.executable, ROOT / "01_collect.py", "--tasks", "toy:train:12", "--teacher", "oracle", "--student",
+               BASE, "--beta", "0.3", "--max-turns", "3", "--max-new-tokens", "24", "--workers", "3", "--out",
+               out]  # fmt: skip
 
     def kill_in_the_middle(more: int):
         before = part.read_bytes().count(b"\n") if part.exists() else 0
@@ -187,8 +188,8 @@ def test_a_server_that_is_killed(server, adapters, tmp_path):
 def test_nothing_stays_behind_a_killed_script(adapters, tmp_path):
     """Killed while the engine comes up, which is when most users lose patience."""
     spec = serve.parse(student(adapters[0]).removeprefix("vllm:"))
-    run = subprocess.Popen([sys.executable, ROOT / "04_eval.py", "--tasks", "toy:dev:2", "--student", student(adapters[0]),
-                            "--out", tmp_path / "eval"], stderr=subprocess.DEVNULL)  # fmt: skip
+    run = subprocess.Popen([sys.executable, ROOT / "04_eval.py", "--tasks", "toy:dev:2", "--student",
+                            student(adapters[0]), "--out", tmp_path / "eval"], stderr=subprocess.DEVNULL)  # fmt: skip
     wait_until(lambda: "EngineCore" in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout, 60)
     pid = first_process(spec.folder)
     run.kill()

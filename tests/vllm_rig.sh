@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build vLLM for a CPU, for the tests marked `vllm`: its own virtual environment that borrows torch, transformers and what
+# Build vLLM for a CPU, for the tests marked `vllm`: a virtual environment that borrows torch, transformers and what
 # else fits from ours. A test rig: slow, and nothing that a script ever uses by itself.
 #
 #   tests/vllm_rig.sh && tests/run.sh --slow -m vllm tests      under a minute to build
