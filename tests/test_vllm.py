@@ -105,7 +105,7 @@ def test_each_iteration_is_itself(server, adapters):
 def test_the_stages_share_it(server, adapters, tmp_path):
     """01 with a student on it, 02 with an openai: teacher on it, 04; what is stored is what the server rendered."""
     made = tmp_path / "trajectories.jsonl"
-    collect(made, student(adapters[0]), "--tasks", "toy:train:3", "--beta", 0.3)
+    collect(made, student(adapters[0]), "--tasks", "toy:train:2", "--beta", 0.3)
     tokenizer, _ = models.load_tokenizer(embedded.NAME)
     seen = []
     for record in jsonl.read(made, "trajectory"):
@@ -163,7 +163,7 @@ def test_a_server_that_is_killed(server, adapters, tmp_path):
     """By hand: the run stops and says why. The same command starts its own; that one is killed, and started again."""
     out, (part, log) = tmp_path / "t.jsonl", (tmp_path / "t.jsonl.part", server.folder / "log")
     serve.leave()  # until here this process was one of its users
-    command = [sys.executable, ROOT / "01_collect.py", "--tasks", "toy:train:12", "--teacher", "oracle", "--student",
+    command = [sys.executable, ROOT / "01_collect.py", "--tasks", "toy:train:8", "--teacher", "oracle", "--student",
                BASE, "--beta", "0.3", "--max-turns", "3", "--max-new-tokens", "24", "--workers", "3", "--out",
                out]  # fmt: skip
 
@@ -181,7 +181,7 @@ def test_a_server_that_is_killed(server, adapters, tmp_path):
     assert not guard.alive(server.folder)
     code, said = kill_in_the_middle(1)
     assert code == 0 and said.count("up after") == 2, said[-3000:]
-    assert sum(1 for _ in jsonl.read(out, "trajectory")) == 12
+    assert sum(1 for _ in jsonl.read(out, "trajectory")) == 8
     assert not guard.alive(server.folder)
 
 
