@@ -19,8 +19,8 @@ from pathlib import Path
 from common import jsonl
 from common.errors import InputError
 
-KINDS = """hf:MODEL[,adapter=DIR][,quant=nf4|none]   openai:MODEL@URL   oracle   replay:FILE
-vllm:MODEL[,adapter=DIR][,gpus=0+1][,util=0.4][,args=...]"""
+KINDS = ("hf:MODEL[,adapter=DIR][,quant=nf4|none]   openai:MODEL@URL   oracle   replay:FILE   "
+         "vllm:MODEL[,adapter=DIR][,gpus=0+1][,util=0.4][,args=...]")  # fmt: skip
 
 
 class ContextLimit(Exception):
