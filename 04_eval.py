@@ -31,6 +31,7 @@ from common.agent import AgentFlags
 from common.policies import PolicyFlags, StudentFlags
 
 TEST_TIMEOUT = 120.0  # seconds, of the local grader
+TOKENS = ("in", "cached", "out")
 
 
 @dataclass(kw_only=True)
@@ -77,7 +78,7 @@ class Args(AgentFlags, StudentFlags, PolicyFlags):
 def work(args: Args) -> None:
     from pathlib import Path
 
-    from common import docker_engine, jsonl, official, policies, prompts, sandbox, stage_tools, tasks
+    from common import cost, docker_engine, jsonl, official, policies, prompts, sandbox, stage_tools, tasks
     from common.errors import InputError
 
     stage_tools.check_counts(args, "workers", "max_turns")
@@ -92,6 +93,7 @@ def work(args: Args) -> None:
         return regrade(args, rows, graders)
     if args.student:
         sandbox.prepare(list(rows.values()), args.sandbox, check_images=args.check_images, evict_images=args.evict_images)
+    meter = cost.Meter(Path(args.out) / "trajectories.jsonl", args.price, args.max_cost)
     student = given = None
     if args.student:
         student = policies.open_policy(
@@ -136,8 +138,9 @@ def work(args: Args) -> None:
         docker_engine.connect()  # now, not after hours of rolling out
 
     if student:
+        meter.open(args.overwrite)
         if not rollouts.finished:
-            roll_out(args, stage, rollouts, student, rows)
+            roll_out(args, stage, rollouts, meter.watch(student), rows)
         given = list(jsonl.read(rollouts.path, "trajectory"))
         name = args.student
         lines = [{"instance_id": r["instance_id"], "model_name_or_path": name, "model_patch": r["patch"]} for r in given]
@@ -146,6 +149,7 @@ def work(args: Args) -> None:
     output.open()
     results, left = grade_all(args, stage, output, rows, graders, given)
     summary = measure(rows, results, infra_errors=left + (len(rows) - len(given) if student else 0))
+    summary |= meter.summary()
     output.finish([output.key(result) for result in results])
     jsonl.write_atomically(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     stage.finish(summary)
@@ -256,6 +260,7 @@ def regrade(args: Args, rows: dict[str, dict], graders: dict[str, str]) -> None:
             verdict = grading.regrade(row, end, log)
         results.append(result(by_key[key], verdict, grader, old["seconds"]))
     summary = measure(rows, results, infra_errors=stage.manifest["summary"]["infra_errors"])
+    summary |= {name: then for name, then in stage.manifest["summary"].items() if name == "cost"}
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in results]
     jsonl.write_atomically(out / "results.jsonl", "".join(lines))
     jsonl.write_atomically(out / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -275,7 +280,7 @@ def log_name(args: Args, key: tuple) -> str:
 def result(record: dict, verdict: dict, grader: str, seconds: float) -> dict:
     """One line of results.jsonl. seconds: of grading; a trajectory's own are taken where there is one."""
     turns = [m for m in record.get("messages", []) if m["role"] == "assistant"]
-    tokens = {kind: sum(m["tokens"][kind] or 0 for m in turns) for kind in ("in", "cached", "out")}
+    tokens = {kind: sum(m["tokens"][kind] or 0 for m in turns) for kind in TOKENS}
     return {
         "schema": schema.VERSION,
         "instance_id": record["instance_id"],
@@ -340,7 +345,7 @@ def measure(rows: dict[str, dict], results: list[dict], infra_errors: int) -> di
         "grader": "+".join(graders) or None,
         "tampered": sum(result["tampered"] for result in results),
         "turns": sum(result["turns"] or 0 for result in results),
-        "tokens_out": sum((result["tokens"] or {"out": 0})["out"] for result in results),
+        **{f"tokens_{kind}": sum((result["tokens"] or {}).get(kind, 0) for result in results) for kind in TOKENS},
         **counted("exit_status", "exit_"),
         "failure_modes": counted("failure_mode"),
         "groups": {

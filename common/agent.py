@@ -168,7 +168,20 @@ def trajectory(
     for message in record["messages"]:
         if message["role"] == "assistant" and message["tokens"]["out"] is None:
             message["tokens"]["out"] = count(message["content"])
-    return record | {"started": started, "finished": time.time()}
+    return record | {"usage": usage(record["messages"]), "started": started, "finished": time.time()}
+
+
+def usage(messages: list[dict]) -> dict:
+    """What each actor's turns took: {"teacher": {"turns", "in", "cached", "out" (tokens), "seconds"}, "student": ...}."""
+    sums: dict[str, dict] = {}
+    for message in messages:
+        if message["role"] == "assistant":
+            of = sums.setdefault(message["actor"], {"turns": 0, "in": 0, "cached": 0, "out": 0, "seconds": 0.0})
+            of["turns"] += 1
+            of["seconds"] = round(of["seconds"] + message["seconds"], 3)
+            for kind in ("in", "cached", "out"):
+                of[kind] += message["tokens"][kind] or 0
+    return sums
 
 
 class Show:

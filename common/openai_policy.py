@@ -22,6 +22,8 @@ REQUEST_TIMEOUT = 300.0  # a long answer of a busy server takes minutes
 class OpenAIPolicy(Plain):
     """Any OpenAI-compatible server, through the official SDK (whose own retries are off: ours are bounded)."""
 
+    free = False
+
     def __init__(self, rest: str, role: str, sampling: dict, max_context: int | None, key_env: str | None, extra: dict):
         super().__init__(sampling)
         self.model, at, url = rest.partition("@http")
@@ -139,7 +141,7 @@ def api_key(key_env: str | None, local: bool, host: str) -> str:
     key = os.environ.get(key_env or "OPENAI_API_KEY")
     if key:
         return key
-    if local and not key_env:
+    if local and key_env in (None, "OPENAI_API_KEY"):
         return "none"
     raise InputError(f"no key for {host}: set the environment variable {key_env or 'OPENAI_API_KEY'}, "
                      "or name another one with --teacher-key-env")  # fmt: skip

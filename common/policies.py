@@ -37,6 +37,7 @@ class Answer:
     tokens_out: int | None = None
     seconds: float = 0.0
     logprob: float | None = None  # mean per generated token, the one that ends the turn included
+    reasoning: str | None = None  # what a server gave apart from the text
 
 
 @dataclass(kw_only=True)
@@ -45,6 +46,10 @@ class PolicyFlags:
 
     keep_reasoning: bool = False
     """store the reasoning that a server returns apart inside the content, as generated (it is trained on then)"""
+    price: str | None = None
+    """dollars per million tokens, IN,CACHED,OUT, of the teacher (in 04: of the scored policy) on a server"""
+    max_cost: float | None = None
+    """stop before this many dollars are passed, those of earlier calls of the same command included"""
 
     def options(self, role: str) -> dict:
         """What open_policy wants to know for this role ("student" or "teacher"). Raises InputError for bad JSON."""
@@ -133,6 +138,8 @@ class Plain:
 
     name = ""
     extra: dict = {}
+    answers_states = True  # an answer hangs on the messages, not on whose and which turn it is
+    free = True  # asking costs no money
 
     def __init__(self, sampling: dict):
         self.sampling = sampling
@@ -170,6 +177,8 @@ class ReplayPolicy(Plain):
     Lines of FILE are {"instance_id", "attempt" (optional), "turns": [text, ...]}, or trajectories (their assistant
     messages). A line without an attempt answers every attempt that has no line of its own.
     """
+
+    answers_states = False
 
     def __init__(self, path: str, sampling: dict):
         super().__init__(sampling)

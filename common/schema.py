@@ -47,6 +47,8 @@ TRAJECTORY = {
     "messages": (_LIST, True),
     "exit_status": (_TEXT, True),
     "patch": (_TEXT, True),
+    "usage": (_DICT, False),
+    "inline": (_DICT, False),
     "started": (_NUM, True),
     "finished": (_NUM, True),
 }
