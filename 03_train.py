@@ -257,7 +257,8 @@ def work(args: Args) -> None:
     if quant == "nf4" and not args.dry_run:
         chosen = random.Random(mixing.derive("gap", args.seed)).sample(data, min(SAMPLE, len(data)))
         parameters = model.get_base_model().num_parameters()
-        summary |= {"gap_label_tokens": count_label_tokens(chosen), "loss_nf4": label_loss(args, chosen, model, processes)}
+        summary["gap_label_tokens"] = count_label_tokens(chosen)
+        summary["loss_nf4"] = label_loss(args, chosen, model, processes)
         del model  # both at once may not fit; label_loss has waited for the first process, so the adapter is there
         summary["loss_plain"] = plain_loss(args, chosen, parameters, processes)
         if processes.first:
@@ -419,7 +420,8 @@ def label_loss(args: Args, trajectories: list, model, processes) -> float | None
     base = model.get_base_model()
     attention = training.attention_cost(base)
     nll, full = 0.0, False
-    bar = tqdm(trajectories, unit="trajectory", desc="measure", dynamic_ncols=True, leave=False, disable=not processes.first)
+    bar = tqdm(trajectories, unit="trajectory", desc="measure", dynamic_ncols=True, leave=False,
+               disable=not processes.first)
     try:
         with torch.no_grad():
             for trajectory in bar:

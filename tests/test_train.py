@@ -444,7 +444,8 @@ def test_two_processes_train_as_one(home, tmp_path, packing, quant):
     """Two gloo processes under torchrun share the rows of every step; the adapter is that of one to rounding."""
     from safetensors.torch import load_file
 
-    common = ("--data", home / "iter_001", "--model", home / "base", "--epochs", 2, "--packing", packing, "--quant", quant)
+    common = ("--data", home / "iter_001", "--model", home / "base", "--epochs", 2, "--packing", packing,
+              "--quant", quant)  # fmt: skip
     one = summary(script(*common, "--out", tmp_path / "one"))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*launch, ROOT / "03_train.py", *map(str, common), "--out", tmp_path / "two"],
@@ -517,7 +518,7 @@ def test_what_the_change_of_base_costs(home, tmp_path, monkeypatch):
     assert f"NF4 base: {nf4:.4f}; on the plain base, as vLLM serves it: {plain:.4f}" in done[1]
     assert json.loads((tmp_path / "nf4/manifest.json").read_text())["summary"]["loss_plain"] == pytest.approx(plain)
     for quant, expected in (("none", plain), ("nf4", nf4)):
-        dry = script(*common, "--quant", quant, "--init-adapter", tmp_path / "nf4", "--dry-run", "--out", tmp_path / "no")
+        dry = script(*common, "--quant", quant, "--init-adapter", tmp_path / "nf4", "--dry-run", "--out", "no")
         assert float(summary(dry)["loss"]) == pytest.approx(expected, rel=1e-5)
         assert "loss_plain" not in summary(dry)
     assert "loss_plain" not in summary(script(*common, "--quant", "none", "--out", tmp_path / "plain"))
