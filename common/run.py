@@ -6,6 +6,7 @@ A script is `run.main(Args, work)`. Args is a dataclass; the text under a field 
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -74,6 +75,7 @@ def _help(args_class: type, field: dataclasses.Field) -> str:
     return text.replace("%", "%%") + (f" (default: {field.default})" if shown else "")
 
 
+@functools.cache
 def _field_texts(owner: type) -> dict[str, str]:
     """The string under each annotated field in the source of a class."""
     body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body
