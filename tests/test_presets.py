@@ -16,8 +16,6 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests/data"
 PRESETS = ["laptop", "paper", "paper-8b", "api-teacher"]
 SCRIPTS = ["01_collect", "02_relabel", "03_train", "04_eval"]
-# Flags that the scripts do not have yet, and whether they take a value: delete this, and the loop over it in parsed().
-PENDING = {"--price": True, "--max-cost": True, "--cache": True, "--inline": False}
 
 
 def loop(home=ROOT, **knobs):
@@ -49,9 +47,6 @@ def parsed(text):
             assert words[:2] == ["-m", "common.table"]
             continue
         words = words[words.index(script) + 1 :]
-        for flag, value in PENDING.items():
-            while flag in words:
-                del words[words.index(flag) : words.index(flag) + 1 + value]
         words = ["1" if word == "N" else word for word in words]
         found.append((script, run.parse(importlib.import_module(script.removesuffix(".py")).Args, words)))
     return found
