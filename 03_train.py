@@ -99,8 +99,8 @@ def read_labels(directories: list[str]) -> tuple[list[dict[str, dict[int, str]]]
             if record["trajectory_id"] in turns:
                 raise InputError(f"{directory}/trajectories.jsonl:{number}: {record['trajectory_id']} is there twice")
             turns[record["trajectory_id"]] = sum(m["role"] == "assistant" for m in record["messages"])
-            kwargs = ((record["student"] or {}).get("extra") or {}).get("chat_template_kwargs")
-            if kwargs is not None:
+            if record["student"]:
+                kwargs = (record["student"].get("extra") or {}).get("chat_template_kwargs") or {}
                 kinds.add(json.dumps(kwargs, sort_keys=True))
         labels: dict[str, dict[int, str]] = {name: {} for name in turns}
         path = Path(directory) / "labels.jsonl"

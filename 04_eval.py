@@ -60,7 +60,7 @@ class Args(AgentFlags, StudentFlags, PolicyFlags):
     top_p: float = 1.0
     """nucleus sampling"""
     teacher_key_env: str = "OPENAI_API_KEY"
-    """environment variable with the key of an openai: policy"""
+    """environment variable with the key of the openai: policy that is scored, whoever that is"""
     test_timeout: float | None = None
     """seconds that the tests of one task may take (default: 120 local, 1800 swebench, which is the harness's own)"""
     workers: int = 8
@@ -97,8 +97,8 @@ def work(args: Args) -> None:
     student = given = None
     if args.student:
         student = policies.open_policy(
-            args.student, role="student", batch=args.workers, **args.options("student"),
-            temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
+            args.student, role="student", batch=args.workers,
+            **args.options("student") | {"key_env": args.teacher_key_env}, temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
             max_context=args.max_context,
         )  # fmt: skip
     else:

@@ -94,6 +94,7 @@ def rollout(
                     "seconds": round(answer.seconds, 3),
                     "logprob": answer.logprob,
                 }
+                | ({"reasoning": answer.reasoning} if answer.reasoning else {})
             )
             if command == actions.SUBMIT:
                 status = "submitted"

@@ -31,13 +31,13 @@ class Answer:
     """One assistant turn. Token counts are None where the policy has no tokenizer."""
 
     text: str
-    finish_reason: str  # "stop" | "length" (cut off)
+    finish_reason: str  # "stop" | "length" (cut off) | "content_filter" (cut off or refused by the server's filter)
     tokens_in: int | None = None
     tokens_cached: int | None = None  # those of tokens_in that were not computed again
     tokens_out: int | None = None
     seconds: float = 0.0
     logprob: float | None = None  # mean per generated token, the one that ends the turn included
-    reasoning: str | None = None  # what a server gave apart from the text
+    reasoning: str | None = None  # what a server returned apart from the text; recorded, never rendered
 
 
 @dataclass(kw_only=True)
@@ -55,7 +55,7 @@ class PolicyFlags:
         """What open_policy wants to know for this role ("student" or "teacher"). Raises InputError for bad JSON."""
         extra = getattr(self, f"{role}_extra", None)
         return {
-            "key_env": getattr(self, "teacher_key_env", None),
+            "key_env": getattr(self, f"{role}_key_env", None),
             "extra": _json_object(f"--{role}-extra", extra) if extra else None,
             "inflight": getattr(self, f"{role}_inflight", None),
             "keep_reasoning": self.keep_reasoning,
@@ -79,7 +79,8 @@ class StudentFlags:
     """The flags of a student on a server."""
 
     student_extra: str | None = None
-    """JSON object of more fields for the student's requests; its chat_template_kwargs are used in training too"""
+    """JSON object of more fields for the requests of the student, or of the teacher where 04 scores it; the student's
+    chat_template_kwargs are used in training too"""
     student_inflight: int | None = None
     """requests at once to the student's server (default: as many as --workers)"""
 
@@ -110,9 +111,10 @@ def open_policy(
 ):
     """The policy that `spec` names. Raises InputError for a bad one; models are loaded with the first question.
 
-    role: "student" or "teacher" (who is asked for log-probabilities, whose key key_env names). batch: how many
-    threads will ask at once. extra: more fields of the request (openai:), {"chat_template_kwargs": {...}} (hf:).
-    inflight: requests at once to a server. keep_reasoning: PolicyFlags.
+    role: "student" or "teacher" (the student is asked for log-probabilities; flags are named after it). batch: how many
+    threads will ask at once. key_env: the environment variable with the key of a server (default: OPENAI_API_KEY).
+    extra: more fields of the request (openai:), {"chat_template_kwargs": {...}} (hf:). inflight: requests at once to a
+    server (default: batch). keep_reasoning: PolicyFlags.
     """
     kind, _, rest = spec.partition(":")
     sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
@@ -125,7 +127,10 @@ def open_policy(
     if kind == "openai" and rest:
         from common.openai_policy import OpenAIPolicy
 
-        return OpenAIPolicy(rest, role, sampling, max_context, key_env, extra or {})
+        return OpenAIPolicy(rest, role, sampling, max_context, key_env=key_env, extra=extra or {},
+                            inflight=batch if inflight is None else inflight, keep_reasoning=keep_reasoning)  # fmt: skip
+    if extra and (spec == "oracle" or kind == "replay"):
+        raise InputError(f"--{role}-extra is for openai: and hf:, not for {spec}")
     if spec == "oracle":
         return OraclePolicy(sampling)
     if kind == "replay" and rest:

@@ -62,6 +62,7 @@ ASSISTANT = {
     "tokens": (_DICT, True),
     "seconds": (_NUM, True),
     "logprob": (_NUM + _NONE, True),
+    "reasoning": (_TEXT, False),
 }
 LABEL = {
     "schema": (_INT, True),
