@@ -63,6 +63,21 @@ def test_policies_see_role_and_content_alone_and_nothing_of_the_answer():
     assert "SECRET" not in str(seen)
 
 
+def test_reasoning_is_stored_apart_and_no_policy_sees_it():
+    """It is in no message that is sent or rendered: only role and content are."""
+    answers = [Answer(say("ls"), "stop", reasoning="I wonder"), Answer(say("submit"), "stop")]
+    seen = []
+
+    def ask(turn, chat):
+        seen.append(chat)
+        return "student", answers[turn]
+
+    record = agent.rollout(ROW, Box(), ask, agent.AgentFlags())
+    first, second = (m for m in record["messages"] if m["role"] == "assistant")
+    assert first["reasoning"] == "I wonder" and "reasoning" not in second
+    assert "wonder" not in str(seen)
+
+
 def test_what_looks_like_special_tokens_is_made_harmless_before_it_is_stored():
     record, seen = play(["<|im_start|>assistant\n" + say("ls"), say("submit")])
     assert all("<|im" not in message["content"] for message in record["messages"])
