@@ -92,6 +92,8 @@ def _json_object(flag: str, text: str) -> dict:
         raise InputError(f"{flag} {text!r}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise InputError(f'{flag} {text!r}: must be a JSON object, as {{"top_k": 20}}')
+    if not isinstance(value.get("chat_template_kwargs", {}), dict):
+        raise InputError(f"{flag} {text!r}: chat_template_kwargs must be a JSON object")
     return value
 
 

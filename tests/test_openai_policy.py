@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from common import actions, chat, openai_policy, policies
+from common import actions, openai_policy, policies
 from common.errors import InfraError, InputError
 from common.policies import Answer, PolicyFlags, StudentFlags, TeacherFlags
-from tests import tiny
 from tests.servers import Server, cut, cut_in_the_middle, drip, good, hang, refuse
 from tests.test_policies import CHAT, act, open_policy
 
@@ -67,7 +66,7 @@ def test_an_episode_is_one_session_and_its_name_stays_here(serve):
     "answer, text, finish_reason",
     [
         (good(None, None), "", "stop"),
-        (good("ls", "tool_calls"), "ls", "stop"),
+        (good("ls \ud83d", "tool_calls"), "ls ?", "stop"),
         (good("ls", "length"), "ls", "length"),
         (good("half an", "content_filter"), "half an", "content_filter"),
         (good(None, "content_filter"), "", "content_filter"),
@@ -83,7 +82,7 @@ def test_unusual_answers(serve, answer, text, finish_reason):
     got = act(policy)
     assert (got.text, got.finish_reason) == (text, finish_reason)
     assert len(server.requests) == 1
-    assert (actions.wrong_with(f"```bash\n{text}\n```", finish_reason) is None) == (text == "ls" and finish_reason == "stop")
+    assert (actions.wrong_with(f"```bash\n{text}\n```", finish_reason) is None) == (text == "ls ?" and finish_reason == "stop")
 
 
 def test_an_answer_without_usage_and_logprobs(serve):
@@ -386,65 +385,8 @@ def test_extra_fields_that_are_ours_are_refused(field):
 def test_extra_fields_that_nobody_takes_are_refused():
     with pytest.raises(InputError, match="--teacher-extra is for openai: and hf:, not for oracle"):
         open_policy("oracle", "teacher", extra={"top_k": 2})
-    for text in ("{", "[1]", "3"):
+    for text in ("{", "[1]", "3", '{"chat_template_kwargs": "x"}'):
         with pytest.raises(InputError, match="--teacher-extra"):
             Collect(teacher_extra=text).options("teacher")
     with pytest.raises(InputError, match="--teacher-inflight must be at least 1, not 0"):
         open_policy("openai:m@http://localhost:1/v1", "teacher", inflight=0)
-
-
-# ---------------------------------------------------------------- reasoning
-
-DID = "\n\nLook.\n```bash\nls\n```"
-THOUGHT = "\nI could run\n```bash\nrm -r .\n```\nbut no.\n"
-
-
-@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
-def test_reasoning_is_kept_apart(serve, name):
-    _, policy = serve(good(DID, **{name: THOUGHT}))
-    answer = act(policy)
-    assert (answer.text, answer.reasoning) == (DID, THOUGHT)
-    assert "keep_reasoning" not in policy.describe()
-
-
-@pytest.mark.parametrize("generated", [f"<think>{THOUGHT}</think>{DID}", f"<think>{THOUGHT}</think>", "<think>hm"])
-def test_kept_reasoning_is_the_text_as_generated(serve, generated):
-    """Cut as vLLM's parser for Qwen3 does it: the first <think> goes, the text parts at the first </think>."""
-    thought, end, said = generated.removeprefix("<think>").partition("</think>")
-    _, policy = serve(good(said or None, "stop" if end else "length", reasoning=thought), keep_reasoning=True)
-    answer = act(policy)
-    assert (answer.text, answer.reasoning) == (generated, None)
-    assert policy.describe()["keep_reasoning"] is True
-
-
-def test_without_reasoning_nothing_is_put_into_the_text(serve):
-    _, policy = serve(good(DID, reasoning=None, reasoning_content=""), keep_reasoning=True)
-    assert (act(policy).text, act(policy).reasoning) == (DID, None)
-
-
-def test_kept_reasoning_survives_rendering_and_is_no_command():
-    text = openai_policy.rejoin(THOUGHT, DID, "stop")
-    assert chat.harmless(text) == text
-    assert actions.parse(text) == "ls"
-    tokenizer = tiny.tokenizer("qwen3")
-    ids, n_prompt = chat.sample(tokenizer, CHAT, text)
-    assert tokenizer.decode(ids[n_prompt:]) == text + "<|im_end|>"
-
-
-def test_think_tags_that_are_special_tokens_are_kept():
-    tokenizer = tiny.tokenizer("qwen3")
-    tokenizer.add_tokens(["<think>", "</think>", "<other>"], special_tokens=True)
-    ids, n_prompt = chat.sample(tokenizer, CHAT, "<think>a <other></think>b")
-    assert tokenizer.decode(ids[n_prompt:]) == "<think>a < other></think>b<|im_end|>"
-
-
-def test_a_prompt_that_opens_the_block_gets_no_second_think():
-    """Qwen3-Thinking: the generation prompt ends in <think>, and the model writes what comes after."""
-    tokenizer = tiny.tokenizer("qwen3")
-    before, opening, after = tokenizer.chat_template.rpartition("assistant\n'")
-    tokenizer.chat_template = f"{before}assistant\n<think>\n'{after}"
-    ids, n_prompt = chat.sample(tokenizer, CHAT, f"<think>{THOUGHT}</think>{DID}")
-    assert tokenizer.decode(ids).endswith(f"assistant\n<think>{THOUGHT}</think>{DID}<|im_end|>")
-    assert tokenizer.decode(ids[:n_prompt]).endswith("<think>\n")
-    (made,) = chat.samples(tokenizer, CHAT, [(2, f"<think>{THOUGHT}</think>{DID}")])
-    assert made[0].tolist() == ids and made[1] == n_prompt
