@@ -10,8 +10,8 @@ THINK, END_THINK = "<think>", "</think>"
 def said(text: str) -> str:
     """`text` without the reasoning between <think> and </think> that it begins with: commands in there are thoughts.
 
-    A chat template may have opened the block itself, then only </think> is there. But where no <think> begins the text, a
-    </think> inside a ```bash block belongs to the command.
+    A chat template may have opened the block itself, then only </think> is there. But where no <think> begins the
+    text, a </think> inside a ```bash block belongs to the command.
     """
     if text.lstrip().startswith(THINK):
         return text.partition(END_THINK)[2]  # nothing, if it was cut off while thinking

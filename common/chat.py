@@ -138,7 +138,7 @@ def _answer(tokenizer: Any, label: str, template_kwargs: dict | None) -> list[in
 
 
 def _opened(tokenizer: Any, template_kwargs: dict | None) -> str | None:
-    """What the generation prompt has after <think>, where it ends by opening that block; a label must not open it again."""
+    """What the generation prompt has after the <think> that it ends with: a label must not open the block again."""
     known = _facts(tokenizer)["opened"]
     key = json.dumps(template_kwargs or {}, sort_keys=True)
     if key not in known:

@@ -295,7 +295,7 @@ def api_key(key_env: str, none_needed: bool, host: str) -> str:
 
 
 def _words(body: object) -> str:
-    """What the server said, in one line: servers put it into {"error": {"message"}}, {"error"}, {"message"}, {"detail"}."""
+    """What the server said, in one line: servers put it into {"error": {"message"}}, {"error"} or {"message"}."""
     error = body.get("error", body) if isinstance(body, dict) else body
     if isinstance(error, dict):
         said = [str(error[name]) for name in ("message", "type", "code") if error.get(name)]

@@ -130,7 +130,8 @@ def open_policy(
         from common.openai_policy import OpenAIPolicy
 
         return OpenAIPolicy(rest, role, sampling, max_context, key_env=key_env, extra=extra or {},
-                            inflight=batch if inflight is None else inflight, keep_reasoning=keep_reasoning)  # fmt: skip
+                            inflight=batch if inflight is None else inflight,
+                            keep_reasoning=keep_reasoning)  # fmt: skip
     if extra and (spec == "oracle" or kind == "replay"):
         raise InputError(f"--{role}-extra is for openai: and hf:, not for {spec}")
     if spec == "oracle":

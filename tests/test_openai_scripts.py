@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from common import jsonl, tasks
+from common import actions, jsonl, tasks
 from tests import tiny
 from tests.servers import Server, good, refuse
 from tests.test_policies import act, open_policy
@@ -40,8 +40,8 @@ def serve():
 
 
 def collect(server, out, *more, n=3, ok=True, **options):
-    return script("01_collect.py", "--tasks", f"toy:train:{n}", "--mix", "student", "--student", f"openai:m@{server.url}",
-                  "--out", out, "--workers", 2, *more, ok=ok, **options)  # fmt: skip
+    return script("01_collect.py", "--tasks", f"toy:train:{n}", "--mix", "student", "--student",
+                  f"openai:m@{server.url}", "--out", out, "--workers", 2, *more, ok=ok, **options)  # fmt: skip
 
 
 def assistant(record):
@@ -135,7 +135,8 @@ def test_each_server_gets_its_own_key_and_fields(serve, tmp_path):
 def test_a_scored_teacher_gets_its_key_and_fields(serve, tmp_path):
     """04 scores whoever is given with --student, a teacher too."""
     server = serve(model)
-    score = ["04_eval.py", "--tasks", "toy:dev:1", "--student", f"openai:m@{server.url}", "--teacher-key-env", "TEACHER_KEY"]
+    score = ["04_eval.py", "--tasks", "toy:dev:1", "--student", f"openai:m@{server.url}",
+             "--teacher-key-env", "TEACHER_KEY"]  # fmt: skip
     env = os.environ | {"TEACHER_KEY": "secret"}
     script(*score, "--out", tmp_path / "e", "--student-extra", '{"top_k": 5}', env=env)
     assert server.headers[0]["authorization"] == "Bearer secret" and server.requests[0]["top_k"] == 5
@@ -201,7 +202,7 @@ def test_reasoning_is_never_a_label_unless_asked_for(serve, tmp_path):
         texts = [f"<think>{thought}</think>{turn}" if flags else turn for turn in TURNS]
         assert [m["content"] for m in assistant(record)] == texts
         assert [m.get("reasoning") for m in assistant(record)] == [None if flags else thought] * len(TURNS)
-        assert [m["command"] for m in assistant(record)] == ["ls", "echo '# note' >> notes.txt", "cat notes.txt", "submit"]
+        assert [m["command"] for m in assistant(record)] == [actions.parse(turn) for turn in TURNS]
         assert "notes.txt" in record["patch"] and "thought.txt" not in record["patch"]
         labels = list(jsonl.read(home / "labels.jsonl", "label"))
         assert [label["label"] for label in labels] == texts and all(label["valid"] for label in labels)
