@@ -5,65 +5,43 @@ import json
 import multiprocessing
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from servers import Server, good
 from test_scripts import JUNK, ROOT, script, summary, timeless
 
 from common import cache, cost, jsonl, labels, policies, tasks
 from common.errors import InputError, StageError
 
 
-class Teacher(ThreadingHTTPServer):
-    """An OpenAI-compatible server whose answer hangs on the messages alone; 100 tokens in, 60 of them cached, 10 out."""
-
-    daemon_threads = True
-    request_queue_size = 128
+class Teacher(Server):
+    """Its answer hangs on the messages alone; 100 tokens in, 60 of them cached, 10 out."""
 
     def __init__(self, delay=0.0):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.delay, self.asked, self.sessions, self.lock = delay, [], [], threading.Lock()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.asked = []  # names of the states, in the order in which they came
 
-    @property
-    def policy(self):
-        return f"openai:expert@http://127.0.0.1:{self.server_address[1]}/v1"
+        def answer(handler):
+            time.sleep(delay)
+            name = hashlib.sha256(json.dumps(handler.body["messages"]).encode()).hexdigest()
+            with self.lock:
+                self.asked.append(name)
+            status, headers, body = good(JUNK[int(name, 16) % 5])
+            body["usage"] = {"prompt_tokens": 100, "completion_tokens": 10, "prompt_tokens_details": {"cached_tokens": 60}}
+            return status, headers, body
 
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))["messages"]
-        time.sleep(self.server.delay)
-        name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-        with self.server.lock:
-            self.server.asked.append(name)
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": JUNK[int(name, 16) % 5]}}
-        usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110,
-                 "prompt_tokens_details": {"cached_tokens": 60}}  # fmt: skip
-        body = json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "expert", "choices": [choice],
-                           "usage": usage}).encode()  # fmt: skip
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
+        super().__init__(answer)
+        self.policy = f"openai:m@{self.url}"
 
 
 @pytest.fixture
 def teacher():
     server = Teacher()
     yield server
-    server.shutdown()
+    server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -139,26 +117,21 @@ def _write(directory, name, number):
 
 
 def test_many_writers_and_kill_9(tmp_path):
-    """Four processes write the same keys, one of them is killed: every answer is whole, and all are there."""
+    """Four processes write the same keys, one of them without end until it is killed: every answer is whole and there."""
     context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=_write, args=(tmp_path, n, 300)) for n in range(4)]
-    [writer.start() for writer in writers]
-    path = tmp_path / "answers.sqlite"
-    deadline = time.monotonic() + 60
-
-    def rows():
-        try:
-            return sqlite3.connect(path).execute("SELECT count(*) FROM answers").fetchone()[0]
-        except sqlite3.Error:
-            return 0
-
-    while rows() < 20 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(writers[0].pid, signal.SIGKILL)
+    killed = context.Process(target=_write, args=(tmp_path, 0, 10**9))
+    writers = [context.Process(target=_write, args=(tmp_path, n, 300)) for n in (1, 2, 3)]
+    [writer.start() for writer in [killed, *writers]]
     [writer.join(120) for writer in writers]
-    assert [writer.exitcode for writer in writers] == [-signal.SIGKILL, 0, 0, 0]
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
     kept = cache.Cache(tmp_path)
-    assert all(kept.answer(f"{i}", lambda: 1 / 0)[0].text.endswith(f" {i}") for i in range(300))
+    while not kept._get("400"):  # the other one goes on alone
+        time.sleep(0.01)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.join(20)
+    assert killed.exitcode == -signal.SIGKILL
+    assert all(kept.answer(f"{i}", lambda: 1 / 0)[0].text.endswith(f" {i}") for i in range(400))
+    assert kept.answer("another", lambda: policies.Answer("new", "stop"))[1] is False
 
 
 @pytest.mark.parametrize("content", [b"this is no database, but long enough to look at", b"{}\n" * 400])
@@ -335,7 +308,7 @@ def test_what_a_killed_run_paid_is_counted(tmp_path, student):
     turns = used["turns"]
     assert used.pop("seconds") >= 0.05 * turns
     assert used == {"turns": turns, "in": 100 * turns, "cached": 60 * turns, "out": 10 * turns}
-    server.shutdown()
+    server.stop()
 
 
 def test_the_scored_policy_has_a_price_too(tmp_path, teacher):
