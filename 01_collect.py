@@ -91,7 +91,7 @@ def work(args: Args) -> None:
     from common.chat import harmless
     from common.errors import InputError
 
-    stage_tools.check_counts(args, "iteration", "attempts", "workers", "max_turns")
+    stage_tools.check_counts(args, "iteration", "attempts", "workers", "slots", "max_turns")
     if args.beta is not None and args.schedule is not None:
         raise InputError("give --beta or --schedule, not both")
     beta = beta_of(args)
@@ -200,8 +200,8 @@ def _postfix(record: dict) -> dict:
     turns = [m for m in record["messages"] if m["role"] == "assistant"]
     return {
         "submitted": record["exit_status"] == "submitted",
-        "turns": len(turns),
         "teacher turns": sum(m["actor"] == "teacher" for m in turns),
+        "turns": len(turns),
         "tokens": sum(m["tokens"]["out"] for m in turns),
     }
 

@@ -81,7 +81,7 @@ def work(args: Args) -> None:
     from common import cost, docker_engine, jsonl, official, policies, prompts, sandbox, stage_tools, tasks
     from common.errors import InputError
 
-    stage_tools.check_counts(args, "workers", "max_turns")
+    stage_tools.check_counts(args, "workers", "slots", "max_turns")
     if sum(source is not None for source in (args.student, args.predictions, args.trajectories)) != 1:
         raise InputError("give exactly one of --student, --predictions and --trajectories")
     rows = {row["instance_id"]: row for row in tasks.load(args.tasks, args.limit)}

@@ -15,8 +15,6 @@ import sys
 from typing import Any, Iterable, Iterator, TextIO
 from weakref import WeakKeyDictionary
 
-import numpy as np
-
 from common.errors import InputError
 
 # "<|im_end|>", "<|eot_id|>", and the full-width bars of some models. Tokens of other shapes ("</s>", "[INST]") are
@@ -84,13 +82,15 @@ def sample(
 
 def samples(
     tokenizer: Any, messages: list[dict], labels: list[tuple[int, str]], template_kwargs: dict | None = None
-) -> Iterator[tuple[np.ndarray, int]]:
+) -> "Iterator[tuple[np.ndarray, int]]":
     """`sample(messages[:place], label)` for each (place, label) of one conversation, ids as int32, in less time.
 
     T states tokenised one by one cost T^2 / 2 turns. But a special token always stands alone: between two of them the
     ids depend on the text between them. So each such piece is tokenised once. The longest state is also rendered in
     full; where the ids differ (a tokenizer that looks across special tokens) every state is.
     """
+    import numpy as np
+
     piece: dict[str, np.ndarray] = {}
     split = _facts(tokenizer)["split"].split
     plain = _plain(tokenizer, messages)
