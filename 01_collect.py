@@ -189,7 +189,7 @@ def work(args: Args) -> None:
     jobs = [(row["instance_id"], attempt) for row in rows for attempt in range(args.attempts)]
     todo = [job for job in jobs if job not in output]
     workers = 1 if args.show else args.workers
-    left = stage_tools.run_jobs(args, stage, output, jobs, todo, collect, workers, "collect", _postfix)
+    left = stage_tools.run_jobs(args, stage, output, jobs, todo, collect, workers, "collect", _postfix, meter)
 
     summary = measure(output.records(jobs)) | {"beta": beta, "excluded": excluded, "infra_errors": left}
     output.finish(jobs)

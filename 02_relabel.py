@@ -135,7 +135,7 @@ def work(args: Args) -> None:
 
     order = [(name, turn) for name, record in trajectories.items() for turn, _, _ in label_states(record)]
     todo = list(dict.fromkeys(name for name, turn in order if (name, turn) not in output))
-    left = stage_tools.run_jobs(args, stage, output, list(trajectories), todo, relabel, args.workers, "relabel", _postfix)
+    left = stage_tools.run_jobs(args, stage, output, list(trajectories), todo, relabel, args.workers, "relabel", _postfix, meter)
 
     summary = measure(output.records(order)) | {"missing": sum(key not in output for key in order), "infra_errors": left}
     output.finish(order)
@@ -148,6 +148,7 @@ def _postfix(record: dict) -> dict:
         "asked": record["source"] == "queried",
         "invalid": not record["valid"],
         "agree": bool(record["agrees"]),
+        "tokens": record["tokens"]["out"] if record["source"] == "queried" else 0,
     }
 
 

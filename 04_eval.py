@@ -140,7 +140,7 @@ def work(args: Args) -> None:
     if student:
         meter.open(args.overwrite)
         if not rollouts.finished:
-            roll_out(args, stage, rollouts, meter.watch(student), rows)
+            roll_out(args, stage, rollouts, meter.watch(student), meter, rows)
         given = list(jsonl.read(rollouts.path, "trajectory"))
         name = args.student
         lines = [{"instance_id": r["instance_id"], "model_name_or_path": name, "model_patch": r["patch"]} for r in given]
@@ -155,7 +155,7 @@ def work(args: Args) -> None:
     stage.finish(summary)
 
 
-def roll_out(args: Args, stage, rollouts, student, rows: dict[str, dict]) -> None:
+def roll_out(args: Args, stage, rollouts, student, meter, rows: dict[str, dict]) -> None:
     """The student alone on every task, into trajectories.jsonl."""
     from common import agent, stage_tools
 
@@ -197,7 +197,7 @@ def roll_out(args: Args, stage, rollouts, student, rows: dict[str, dict]) -> Non
 
     jobs = [(name,) for name in rows]
     todo = [job for job in jobs if job not in rollouts]
-    stage_tools.run_jobs(args, stage, rollouts, jobs, todo, collect, args.workers, "roll out", postfix)
+    stage_tools.run_jobs(args, stage, rollouts, jobs, todo, collect, args.workers, "roll out", postfix, meter)
     rollouts.finish(jobs)
 
 

@@ -39,7 +39,7 @@ class AgentFlags:
     command_timeout: float = 20.0
     """seconds that one command may take"""
     slots: int = 2 * (os.cpu_count() or 1)
-    """commands at once, however many workers there are; starts of sandboxes and patches count too"""
+    """commands at once, however many workers there are; patches and starts of local sandboxes count too"""
     sandbox: Literal["auto", "docker", "local"] = "auto"
     """where commands run: local is bubblewrap, for tasks with `local`; docker a container of the task's image"""
     network: bool = False
@@ -178,7 +178,9 @@ def trajectory(
     }
     try:
         with contextlib.ExitStack() as stack:
-            with _slots(flags.slots):
+            # A container may wait for its image for minutes, and starts have a limit of their own.
+            docker = sandbox.kind_of(row, flags.sandbox) == "docker"
+            with contextlib.nullcontext() if docker else _slots(flags.slots):
                 box = stack.enter_context(
                     sandbox.open_sandbox(row, flags.sandbox, flags.command_timeout, network=flags.network,
                                          trajectory=record["trajectory_id"]))  # fmt: skip

@@ -32,10 +32,12 @@ def run_jobs(
     workers: int,
     title: str,
     postfix: Callable[[dict], dict],
+    meter=None,
 ) -> int:
     """Do every piece of work in `todo`, write the records that `do` yields; returns how many the machine left undone.
 
-    The bar counts pieces of work; beside it stand the numbers of `postfix(record)`, added up (see `beside_bar`).
+    The bar counts pieces of work; beside it stand the numbers of `postfix(record)`, added up (see `beside_bar`), and what
+    `meter` (cost.Meter) has counted.
     """
     sums: dict[str, float] = {}
     infra_path, began = Path(f"{output.path}.infra.jsonl"), time.monotonic()
@@ -45,6 +47,8 @@ def run_jobs(
         def add(numbers: dict) -> None:
             for name, number in numbers.items():
                 sums[name] = sums.get(name, 0) + number
+            if meter and meter.price:
+                sums["cost"] = meter.spent
             bar.set_postfix_str(beside_bar(sums, time.monotonic() - began), refresh=False)
 
         def write(record: dict) -> None:
