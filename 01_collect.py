@@ -12,6 +12,7 @@ writes  --out FILE: one trajectory a line; FILE.manifest.json, FILE.log, FILE.in
         --schedule paper --iteration 2 --out runs/mine/iter_002/trajectories.jsonl
 
 policies: hf:MODEL[,adapter=DIR][,quant=nf4|none]   openai:MODEL@URL   oracle (toy tasks)   replay:FILE
+          vllm:MODEL[,adapter=DIR][,gpus=0+1][,util=0.4][,args=...] starts `vllm serve`: python -m common.serve
 Stop it at any moment: the same command goes on. Another setting for the same file is refused and named.
 """
 

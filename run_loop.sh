@@ -6,6 +6,7 @@
 #   PRESET=paper ./run_loop.sh        SWE-Gym at the paper's scale (README, "Presets": what it needs)
 #   DRY_RUN=1 ./run_loop.sh           prints every command instead of running it
 #   RUN=mine TASKS=mine.jsonl EVAL_TASKS=dev.jsonl TEST_TASKS= TEACHER=openai:MODEL@URL STUDENT=hf:MODEL ./run_loop.sh
+#   STUDENT=vllm:MODEL,util=0.3 TEACHER=vllm:LARGE_MODEL,util=0.6 ...   on a GPU, or on several: gpus=0 and gpus=1+2
 #
 # Every stage is a script that reads and writes files below runs/$RUN. Stop it at any moment and call it again.
 set -euo pipefail
@@ -44,7 +45,8 @@ case $AGGREGATE in union | current) ;; *) echo "AGGREGATE is union or current, n
 if [ "$DRY_RUN" = 1 ]; then PYTHON=.venv/bin/python; else . common/setup.sh; fi
 
 case $RUN in /*) run=$RUN ;; *) run=runs/$RUN ;; esac
-model=${STUDENT#*:} model=${model%%,*}
+base=${STUDENT%%,*} model=${base#*:}
+export SWE_DAGGER_KEEPER=$$               # a vllm: server that one stage starts serves the next ones, until we end
 agent=(--workers "$WORKERS" --max-context "$CONTEXT" $AGENT_FLAGS)
 of_student=(${STUDENT_EXTRA:+--student-extra "$STUDENT_EXTRA"})
 key=(${TEACHER_KEY_ENV:+--teacher-key-env "$TEACHER_KEY_ENV"})
@@ -57,7 +59,7 @@ number() { if [ "$1" = N ]; then echo N; else printf %03d "$1"; fi; }
 iter() { echo "$run/iter_$(number "$1")"; }
 student() {                               # as a policy after iteration $1; options stay behind the adapter
     if [ "$1" = 0 ]; then echo "$STUDENT"; else
-        echo "${STUDENT%%,*},adapter=$(iter "$1")/adapter${STUDENT#"${STUDENT%%,*}"}"; fi
+        echo "$base,adapter=$(iter "$1")/adapter${STUDENT#"$base"}"; fi
 }
 collected() {                             # what iteration $1 trains on, and what it starts from
     if [ "$AGGREGATE" = union ]; then
@@ -94,7 +96,8 @@ for ((i = 1; i <= ITERATIONS; i++)); do
     stage "iteration $i: relabel" 02_relabel.py --trajectories "$dir/trajectories.jsonl" --teacher "$TEACHER" \
         --out "$dir/labels.jsonl" --workers "$WORKERS" --cache "$run/cache" "${of_teacher[@]}"
 
-    # 3. Train the student on all labels so far
+    # 3. Train the student on all labels so far, with the GPUs to itself
+    case "$STUDENT $TEACHER" in *vllm:*) call -m common.serve stop "$STUDENT" "$TEACHER" ;; esac
     stage "iteration $i: train" "${torchrun[@]}" 03_train.py --data $(collected "$i") --model "$model" \
         --out "$dir/adapter" --max-context "$CONTEXT" --tokens-per-batch "$CONTEXT" --lr "$LR" $TRAIN_FLAGS
 

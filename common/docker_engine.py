@@ -14,10 +14,10 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from common.errors import StageError
 from common.images import Images
+from common.owners import boot, born, pid_namespace
 
 LABEL = "swe-dagger"
 live: dict = {}  # id -> container
@@ -73,46 +73,21 @@ def labels(trajectory: str = "") -> dict[str, str]:
     """What a container of this process carries."""
     return {
         LABEL: "sandbox", f"{LABEL}.run": " ".join(sys.argv)[:400], f"{LABEL}.trajectory": trajectory,
-        f"{LABEL}.host": socket.gethostname(), f"{LABEL}.boot": _boot(), f"{LABEL}.pids": _pid_namespace(),
-        f"{LABEL}.owner": f"{os.getpid()}:{_born(os.getpid())}",
+        f"{LABEL}.host": socket.gethostname(), f"{LABEL}.boot": boot(), f"{LABEL}.pids": pid_namespace(),
+        f"{LABEL}.owner": f"{os.getpid()}:{born(os.getpid())}",
     }  # fmt: skip
-
-
-def _boot() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:  # no Linux
-        return ""
-
-
-def _pid_namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def _born(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot: with its number that names it. None if there is none."""
-    try:
-        if _boot():
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-        os.kill(pid, 0)
-        return "unknown"
-    except (OSError, IndexError):
-        return None
 
 
 def dead(marks: dict[str, str]) -> bool:
     """Whether the owner that these labels name is dead. One on another machine or beyond a PID namespace is not."""
     if marks.get(f"{LABEL}.host") != socket.gethostname():
         return False
-    if marks.get(f"{LABEL}.boot") != _boot():
+    if marks.get(f"{LABEL}.boot") != boot():
         return True
-    if marks.get(f"{LABEL}.pids") != _pid_namespace():
+    if marks.get(f"{LABEL}.pids") != pid_namespace():
         return False
-    pid, _, born = marks.get(f"{LABEL}.owner", "").partition(":")
-    return pid.isdigit() and _born(int(pid)) != born
+    pid, _, since = marks.get(f"{LABEL}.owner", "").partition(":")
+    return pid.isdigit() and born(int(pid)) != since
 
 
 def prune() -> list[str]:

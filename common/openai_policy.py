@@ -69,10 +69,7 @@ class OpenAIPolicy(Plain):
             raise InputError(f"openai:{rest}: wanted openai:MODEL@URL, as openai:qwen3-8b@http://localhost:8000/v1")
         if not parts.path.strip("/"):
             self.url = self.url.rstrip("/") + "/v1"
-        for name in sorted(extra.keys() & OURS.keys()):
-            raise InputError(f"--{role}-extra: the field {name!r} cannot be set there: {OURS[name]}")
-        if inflight < 1:
-            raise InputError(f"--{role}-inflight must be at least 1, not {inflight}")
+        check_options(role, extra, inflight)
         self.name, self.extra, self.max_context = f"openai:{self.model}", extra, max_context
         self.local = parts.hostname == "localhost" or parts.hostname == "::1" or parts.hostname.startswith("127.")
         self.key_env = key_env or "OPENAI_API_KEY"
@@ -163,6 +160,8 @@ class OpenAIPolicy(Plain):
                 # Not chat.completions.create: what it makes of messages and log-probabilities costs 20 ms of CPU more.
                 reply = await client.post("/chat/completions", cast_to=object, body=body,
                                           options={"headers": {"x-session-id": session}})  # fmt: skip
+            if isinstance(reply, str):  # a server that does not say that it is JSON
+                reply = json.loads(reply)
         except TimeoutError:
             raise _Again(f"no whole answer within {REQUEST_TIMEOUT:g} s") from None
         except openai.APIStatusError as error:
@@ -237,6 +236,14 @@ class OpenAIPolicy(Plain):
             return " (and it lists no models: is the address right? Most end in /v1)"
         near = difflib.get_close_matches(self.model, there, n=10, cutoff=0)
         return f" (its models: {', '.join(near)}{f' and {len(there) - 10} more' if len(there) > 10 else ''})"
+
+
+def check_options(role: str, extra: dict, inflight: int) -> None:
+    """Raise InputError for what --ROLE-extra and --ROLE-inflight may not be."""
+    for name in sorted(extra.keys() & OURS.keys()):
+        raise InputError(f"--{role}-extra: the field {name!r} cannot be set there: {OURS[name]}")
+    if inflight < 1:
+        raise InputError(f"--{role}-inflight must be at least 1, not {inflight}")
 
 
 def rejoin(reasoning: str, content: str, finish: str | None) -> str:

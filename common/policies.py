@@ -1,4 +1,4 @@
-"""Who answers a state: `hf:`, `openai:`, `oracle`, `replay:`, each with the same five methods.
+"""Who answers a state: `hf:`, `vllm:`, `openai:`, `oracle`, `replay:`, each with the same five methods.
 
     policy.act(row, messages, seed=, episode=, turn=, attempt=) -> Answer     blocks; many threads call it at once
     policy.describe() -> dict       what was asked for, as it is recorded and compared on resume; loads nothing
@@ -7,7 +7,7 @@
     policy.close()
 
 A policy sees messages alone; the row is for the oracle and for `replay:`, which find their answer by its instance_id.
-`hf:` is in hf_policy.py, `openai:` in openai_policy.py. What is not here: starting servers, prices, caching of answers.
+`hf:`, `openai:` and `vllm:` are in hf_policy.py, openai_policy.py and vllm_policy.py. Not here: prices, cached answers.
 """
 
 import hashlib
@@ -19,7 +19,8 @@ from pathlib import Path
 from common import jsonl
 from common.errors import InputError
 
-KINDS = """hf:MODEL[,adapter=DIR][,quant=nf4|none]   openai:MODEL@URL   oracle   replay:FILE"""
+KINDS = """hf:MODEL[,adapter=DIR][,quant=nf4|none]   openai:MODEL@URL   oracle   replay:FILE
+vllm:MODEL[,adapter=DIR][,gpus=0+1][,util=0.4][,args=...]"""
 
 
 class ContextLimit(Exception):
@@ -115,7 +116,7 @@ def open_policy(
 
     role: "student" or "teacher" (the student is asked for log-probabilities; flags are named after it). batch: how many
     threads will ask at once. key_env: the environment variable with the key of a server (default: OPENAI_API_KEY).
-    extra: more fields of the request (openai:), {"chat_template_kwargs": {...}} (hf:). inflight: requests at once to a
+    extra: more fields of the request (openai:, vllm:), {"chat_template_kwargs": {...}} (hf:). inflight: requests at once to a
     server (default: batch). keep_reasoning: PolicyFlags.
     """
     kind, _, rest = spec.partition(":")
@@ -126,14 +127,17 @@ def open_policy(
         from common.hf_policy import HfPolicy
 
         return HfPolicy(rest, sampling, max_context, batch, extra or {})
+    server = {"inflight": batch if inflight is None else inflight, "keep_reasoning": keep_reasoning}
     if kind == "openai" and rest:
         from common.openai_policy import OpenAIPolicy
 
-        return OpenAIPolicy(rest, role, sampling, max_context, key_env=key_env, extra=extra or {},
-                            inflight=batch if inflight is None else inflight,
-                            keep_reasoning=keep_reasoning)  # fmt: skip
+        return OpenAIPolicy(rest, role, sampling, max_context, key_env=key_env, extra=extra or {}, **server)
+    if kind == "vllm" and rest:
+        from common.vllm_policy import VllmPolicy
+
+        return VllmPolicy(rest, role, sampling, max_context, extra=extra or {}, **server)
     if extra and (spec == "oracle" or kind == "replay"):
-        raise InputError(f"--{role}-extra is for openai: and hf:, not for {spec}")
+        raise InputError(f"--{role}-extra is for servers and hf:, not for {spec}")
     if spec == "oracle":
         return OraclePolicy(sampling)
     if kind == "replay" and rest:

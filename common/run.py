@@ -28,7 +28,7 @@ from common.errors import InputError, StageError
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = 16384  # open at once: a worker has up to a dozen
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "swebench", "openai")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "swebench", "openai", "vllm")
 
 
 # ---------------------------------------------------------------- the command line
@@ -118,6 +118,8 @@ def main(args_class: type, work: typing.Callable) -> typing.NoReturn:
         sys.exit(0)
     if docker_engine := sys.modules.get("common.docker_engine"):
         docker_engine.remove_all()
+    if serve := sys.modules.get("common.serve"):
+        serve.leave()
     os._exit(code)  # worker threads may still wait for a model or a command; their local sandboxes die with this process
 
 

@@ -386,7 +386,7 @@ def test_extra_fields_that_are_ours_are_refused(field):
 
 
 def test_extra_fields_that_nobody_takes_are_refused():
-    with pytest.raises(InputError, match="--teacher-extra is for openai: and hf:, not for oracle"):
+    with pytest.raises(InputError, match="--teacher-extra is for servers and hf:, not for oracle"):
         open_policy("oracle", "teacher", extra={"top_k": 2})
     for text in ("{", "[1]", "3", '{"chat_template_kwargs": "x"}'):
         with pytest.raises(InputError, match="--teacher-extra"):

@@ -1,0 +1,81 @@
+"""`vllm:`: a server of our own, started with the first question unless one runs (common/serve.py)."""
+
+import http.client
+import threading
+
+from common import serve
+from common.errors import InfraError
+from common.hf_policy import hash_adapter
+from common.openai_policy import OpenAIPolicy, check_options
+from common.policies import Answer, Plain
+
+# A model's generation_config.json may ask for these, and vLLM would follow it: what samples is what the record says.
+PLAIN_SAMPLING = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+RESTARTS = 3  # of a server that dies while this process uses it
+
+
+class VllmPolicy(Plain):
+    """MODEL[,adapter=DIR][,gpus=0+1][,util=0.4][,args=...]; asks its server as OpenAIPolicy does.
+
+    If the server dies, a new one is started, and what was asked is asked again; one that was started by hand is not.
+    Of args, the record names --quantization alone: the rest is taken to say only how. An adapter that was trained on an
+    NF4 base is served on the plain one, unless args=--quantization bitsandbytes.
+    """
+
+    def __init__(self, rest: str, role: str, sampling: dict, max_context: int | None, *, extra: dict, inflight: int,
+                 keep_reasoning: bool):  # fmt: skip
+        """Raises InputError for a bad spec; the first question starts a server."""
+        super().__init__(sampling)
+        check_options(role, extra, inflight)
+        self.spec = serve.parse(rest)
+        self.name, self.extra = f"vllm:{self.spec.model}", PLAIN_SAMPLING | extra
+        self.adapter_hash = hash_adapter(self.spec.adapter) if self.spec.adapter else None
+        self.role, self.max_context, self.inflight, self.keep_reasoning = role, max_context, inflight, keep_reasoning
+        self.lock = threading.Lock()
+        self.server, self.restarts = None, 0
+        self.clients: list[OpenAIPolicy] = []  # one for each server: threads may still wait for the last one
+
+    def describe(self) -> dict:
+        return super().describe() | {
+            "adapter": self.spec.adapter, "adapter_hash": self.adapter_hash,
+            "quantisation": self.spec.option("--quantization", "-q") or "none",
+            **({"keep_reasoning": True} if self.keep_reasoning else {})}  # fmt: skip
+
+    def act(self, row: dict, messages: list[dict], *, seed: int, episode: str, turn: int, attempt: int) -> Answer:
+        while True:
+            server, client = self._connect()
+            try:
+                return client.act(row, messages, seed=seed, episode=episode, turn=turn, attempt=attempt)
+            except InfraError:
+                if server.alive():
+                    raise
+
+    def _connect(self) -> tuple[serve.Server, OpenAIPolicy]:
+        """A server that is alive, and who asks it. Raises InfraError if it died and does not come back."""
+        with self.lock:
+            if self.server is None or not self.server.alive():
+                server = self._again() if self.server else serve.start(self.spec)
+                try:
+                    model = server.adapter(self.spec.adapter) if self.spec.adapter else self.spec.model
+                except (OSError, http.client.HTTPException) as error:
+                    raise InfraError(f"{self.name}: no adapter could be loaded: {error}") from None
+                client = OpenAIPolicy(f"{model}@{server.url}", self.role, self.sampling, self.max_context, key_env=None,
+                                      extra=self.extra, inflight=self.inflight,
+                                      keep_reasoning=self.keep_reasoning)  # fmt: skip
+                client.key, client.name = server.key, self.name
+                self.server = server
+                self.clients.append(client)
+            return self.server, self.clients[-1]
+
+    def _again(self) -> serve.Server:
+        """Another server after one that died; who started that one by hand has to start the other one too."""
+        by_hand = self.server.stays
+        if not (serve.find(self.spec) if by_hand else self.restarts < RESTARTS):
+            how = "python -m common.serve start brings it back" if by_hand else f"it was started again {RESTARTS} times"
+            raise InfraError(f"{self.name}: the server died: {serve.last_words(self.spec.folder)}; {how}")
+        self.restarts += 1
+        return serve.start(self.spec)
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.close()
