@@ -16,12 +16,17 @@ policies: hf:MODEL[,adapter=DIR][,quant=nf4|none]   openai:MODEL@URL   oracle (t
 Stop it at any moment: the same command goes on. Another setting for the same file is refused and named.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
 from common import mixing, run, schema
 from common.agent import AgentFlags
 from common.policies import PolicyFlags, StudentFlags, TeacherFlags
+
+
+# in the summary -> in a record's usage
+USAGE = {"turns": "turns", "tokens_in": "in", "tokens_cached": "cached", "tokens_out": "out", "seconds": "seconds"}
 
 
 @dataclass(kw_only=True)
@@ -55,6 +60,10 @@ class Args(AgentFlags, TeacherFlags, StudentFlags, PolicyFlags):
     """sampling temperature of both policies; 0 is greedy"""
     top_p: float = 0.9
     """nucleus sampling of both policies"""
+    inline: bool = False
+    """ask for the labels of the student's turns while its commands run; 02_relabel.py finds them in the --cache"""
+    cache: str | None = None
+    """directory of the answers of --inline"""
     workers: int = 8
     """trajectories at once"""
     seed: int = 0
@@ -79,16 +88,21 @@ def beta_of(args: Args) -> float:
 
 
 def work(args: Args) -> None:
-    from common import agent, jsonl, policies, prompts, sandbox, stage_tools, tasks
+    from common import actions, agent, cache, cost, jsonl, labels, policies, prompts, sandbox, stage_tools, tasks
+    from common.chat import harmless
     from common.errors import InputError
 
-    stage_tools.check_counts(args, "iteration", "attempts", "workers", "max_turns")
+    stage_tools.check_counts(args, "iteration", "attempts", "workers", "slots", "max_turns")
     if args.beta is not None and args.schedule is not None:
         raise InputError("give --beta or --schedule, not both")
     beta = beta_of(args)
     for who, needed in (("teacher", beta > 0), ("student", beta < 1)):
         if needed and getattr(args, who) is None:
             raise InputError(f"--{who} is missing, and with beta = {beta:g} it acts")
+
+    if args.inline and (args.cache is None or args.teacher is None):
+        raise InputError("--inline needs a --teacher to ask, and a --cache for its answers that 02_relabel.py is given too")
+    meter = cost.Meter(args.out, args.price, args.max_cost)
 
     rows = tasks.load(args.tasks, args.limit)
     rows, excluded = tasks.exclude(rows, args.exclude_tasks or [])
@@ -121,9 +135,15 @@ def work(args: Args) -> None:
     if stage.done and output.finished:
         return stage.say_done()
     output.open()
+    meter.open(args.overwrite)
+    if "teacher" in policy:
+        policy["teacher"] = meter.watch(policy["teacher"])
 
     show = agent.Show() if args.show else None
     count = stage_tools.token_counter(*(policy[who] for who in reversed(schema.ACTORS) if who in policy))
+    if args.inline:
+        labeller = labels.Labeller(policy["teacher"], cache.Cache(args.cache), args.seed, count)
+        beside = ThreadPoolExecutor(args.workers)
 
     def collect(job: tuple[str, int]) -> list[dict]:
         """One trajectory."""
@@ -131,6 +151,7 @@ def work(args: Args) -> None:
         row = by_id[instance_id]
         place = (args.seed, args.iteration, instance_id, attempt)
         episode = "/".join(map(str, place))
+        ahead = labels.Ahead(labeller, beside, row, episode, attempt) if args.inline else None
 
         def ask(turn: int, chat: list[dict]) -> tuple:
             """b_t ~ Bernoulli(beta_i): who acts at this state, and what it does."""
@@ -138,6 +159,8 @@ def work(args: Args) -> None:
             answer = policy[who].act(
                 row, chat, seed=mixing.derive("sample", *place, turn, who, "act"), episode=episode, turn=turn,
                 attempt=attempt)  # fmt: skip
+            if ahead and (who == "student" or actions.wrong_with(harmless(answer.text), answer.finish_reason)):
+                ahead.ask(turn, chat)
             return who, answer
 
         head = {
@@ -154,8 +177,12 @@ def work(args: Args) -> None:
         try:
             record = agent.trajectory(row, head, ask, args, count, show or (lambda message: None))
         finally:
+            if ahead:
+                ahead.wait()
             for who in policy:
                 policy[who].forget(episode)
+        if ahead:
+            record["inline"] = ahead.asked
         if show:
             stage_tools.show_result(show, row, record)
         return [record]
@@ -163,44 +190,49 @@ def work(args: Args) -> None:
     jobs = [(row["instance_id"], attempt) for row in rows for attempt in range(args.attempts)]
     todo = [job for job in jobs if job not in output]
     workers = 1 if args.show else args.workers
-    left = stage_tools.run_jobs(args, stage, output, jobs, todo, collect, workers, "collect", _postfix)
+    left = stage_tools.run_jobs(args, stage, output, jobs, todo, collect, workers, "collect", _postfix, meter)
 
     summary = measure(output.records(jobs)) | {"beta": beta, "excluded": excluded, "infra_errors": left}
     output.finish(jobs)
-    stage.finish(summary)
+    stage.finish(summary | meter.summary())
 
 
 def _postfix(record: dict) -> dict:
     turns = [m for m in record["messages"] if m["role"] == "assistant"]
     return {
         "submitted": record["exit_status"] == "submitted",
-        "turns": len(turns),
         "teacher turns": sum(m["actor"] == "teacher" for m in turns),
+        "turns": len(turns),
         "tokens": sum(m["tokens"]["out"] for m in turns),
     }
 
 
 def measure(records) -> dict:
     """What really happened: the realised share of teacher turns and tokens differs from beta."""
-    trajectories = turns = teacher_turns = tokens = teacher_tokens = 0
+    from common import agent
+
+    trajectories = turns = 0
     ends: dict[str, int] = {}
+    sums: dict[str, float] = {f"{who}_{what}": 0 for who in schema.ACTORS for what in USAGE}
+    inline: dict[str, float] = {}
     for record in records:
         trajectories += 1
         ends[record["exit_status"]] = ends.get(record["exit_status"], 0) + 1
-        for message in record["messages"]:
-            if message["role"] != "assistant":
-                continue
-            turns += 1
-            tokens += message["tokens"]["out"]
-            if message["actor"] == "teacher":
-                teacher_turns += 1
-                teacher_tokens += message["tokens"]["out"]
+        for who, used in agent.usage(record["messages"]).items():
+            turns += used["turns"]
+            for what, kind in USAGE.items():
+                sums[f"{who}_{what}"] += used[kind]
+        for kind, number in record.get("inline", {}).items():
+            inline[f"inline_{kind}"] = inline.get(f"inline_{kind}", 0) + number
+    tokens = sums["student_tokens_out"] + sums["teacher_tokens_out"]
     return {
         "trajectories": trajectories,
         "turns": turns,
-        "teacher_turn_share": teacher_turns / max(turns, 1),
-        "teacher_token_share": teacher_tokens / max(tokens, 1),
+        "teacher_turn_share": sums["teacher_turns"] / max(turns, 1),
+        "teacher_token_share": sums["teacher_tokens_out"] / max(tokens, 1),
         "tokens_out": tokens,
+        **sums,
+        **inline,
         **{f"exit_{name}": number for name, number in sorted(ends.items())},
     }
 

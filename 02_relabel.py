@@ -10,15 +10,14 @@ writes  --out FILE: one label a line, in the order of trajectories and turns; FI
     python 02_relabel.py --trajectories t.jsonl --teacher openai:MODEL@http://localhost:8000/v1 --out labels.jsonl
 
 A label must be a good action: one that is cut off, empty or without exactly one command is asked for again, twice; then
-it is kept with valid: false and never trained on. Stop at any moment: the same command goes on.
+it is kept with valid: false and never trained on. Equal states are asked once, over all runs that share a --cache. Stop
+at any moment: the same command goes on.
 """
 
 from dataclasses import dataclass
 
 from common import run, schema
 from common.policies import PolicyFlags, TeacherFlags
-
-TRIES = 3
 
 
 @dataclass(kw_only=True)
@@ -29,6 +28,10 @@ class Args(TeacherFlags, PolicyFlags):
     """policy of the teacher"""
     out: str
     """the labels file to write"""
+    cache: str | None = None
+    """directory that keeps the teacher's answers: a state that was asked before, by any run, is not asked again"""
+    fresh: bool = False
+    """ask anew for what is in the cache, and replace it there"""
     temperature: float | None = None
     """sampling temperature (default: the recorded one of the teacher)"""
     top_p: float | None = None
@@ -53,8 +56,7 @@ def label_states(trajectory: dict):
 
 
 def work(args: Args) -> None:
-    from common import actions, jsonl, mixing, policies, stage_tools
-    from common.chat import harmless
+    from common import actions, cache, cost, jsonl, labels, policies, stage_tools
     from common.errors import InputError
 
     stage_tools.check_counts(args, "workers")
@@ -76,6 +78,7 @@ def work(args: Args) -> None:
         max_new_tokens=recorded["limits"]["max_new_tokens"], max_context=recorded["limits"]["max_context"],
     )  # fmt: skip
 
+    meter = cost.Meter(args.out, args.price, args.max_cost)
     same = {
         "trajectories": [run.hash_file(path) for path in args.trajectories],
         "teacher": teacher.describe(),
@@ -88,7 +91,9 @@ def work(args: Args) -> None:
     if stage.done and output.finished:
         return stage.say_done()
     output.open()
-    count = stage_tools.token_counter(teacher)
+    meter.open(args.overwrite)
+    answers = cache.Cache(args.cache, args.fresh)
+    labeller = labels.Labeller(meter.watch(teacher), answers, args.seed, stage_tools.token_counter(teacher))
 
     def label(trajectory: dict, turn: int, state: list[dict], executed: dict) -> dict:
         """The teacher's action at one visited state."""
@@ -114,32 +119,10 @@ def work(args: Args) -> None:
             }
         task = {name: trajectory[name] for name in ("instance_id", "base_commit")}
         chat = [{"role": m["role"], "content": m["content"]} for m in state]
-        tokens, seconds, text = {"in": 0, "cached": 0, "out": 0}, 0.0, ""
-        for attempt in range(TRIES):
-            place = (args.seed, trajectory["trajectory_id"], turn, "teacher", "label", attempt)
-            try:
-                answer = teacher.act(task, chat, turn=turn, seed=mixing.derive("sample", *place),
-                                     episode=trajectory["trajectory_id"], attempt=trajectory["attempt"])  # fmt: skip
-            except policies.ContextLimit:
-                reason = "the state exceeds the teacher's context"
-                break
-            text = harmless(answer.text)
-            out = count(text) if answer.tokens_out is None else answer.tokens_out
-            for name, number in (("in", answer.tokens_in), ("cached", answer.tokens_cached), ("out", out)):
-                tokens[name] += number or 0
-            seconds += answer.seconds
-            reason = actions.wrong_with(text, answer.finish_reason)
-            if reason is None:
-                break
-        return record | {
-            "label": text,
-            "valid": reason is None,
-            "reason": reason,
-            "source": "queried",
-            "tokens": tokens,
-            "seconds": round(seconds, 3),
-            "agrees": None if by_teacher else reason is None and actions.parse(text) == executed["command"],
-        }
+        asked = labeller.label(task, trajectory["prompt"], chat, episode=trajectory["trajectory_id"], turn=turn,
+                               attempt=trajectory["attempt"])  # fmt: skip
+        same_command = asked["valid"] and actions.parse(asked["label"]) == executed["command"]
+        return record | asked | {"agrees": None if by_teacher else same_command}
 
     def relabel(trajectory_id: str):
         """The labels of one trajectory, in the order of its turns, so that a prefix cache stays warm."""
@@ -152,11 +135,11 @@ def work(args: Args) -> None:
 
     order = [(name, turn) for name, record in trajectories.items() for turn, _, _ in label_states(record)]
     todo = list(dict.fromkeys(name for name, turn in order if (name, turn) not in output))
-    left = stage_tools.run_jobs(args, stage, output, list(trajectories), todo, relabel, args.workers, "relabel", _postfix)
+    left = stage_tools.run_jobs(args, stage, output, list(trajectories), todo, relabel, args.workers, "relabel", _postfix, meter)
 
     summary = measure(output.records(order)) | {"missing": sum(key not in output for key in order), "infra_errors": left}
     output.finish(order)
-    stage.finish(summary)
+    stage.finish(summary | meter.summary())
 
 
 def _postfix(record: dict) -> dict:
@@ -165,29 +148,38 @@ def _postfix(record: dict) -> dict:
         "asked": record["source"] == "queried",
         "invalid": not record["valid"],
         "agree": bool(record["agrees"]),
+        "tokens": record["tokens"]["out"] if record["source"] == "queried" else 0,
     }
 
 
 def measure(labels) -> dict:
-    """Counts by source; agree is the share of the student's turns at which the teacher gives the same command."""
-    states = executed = queried = cached = invalid = tokens = 0
+    """Counts by source; agree is the share of the student's turns at which the teacher gives the same command.
+
+    Tokens and seconds are those of what was asked here; a label from the cache costs nothing, an executed one was paid for
+    when it was executed.
+    """
+    sources = dict.fromkeys(schema.SOURCES, 0)
+    asked = {"in": 0, "cached": 0, "out": 0}
+    states, invalid, seconds = 0, 0, 0.0
     compared: list[bool] = []
     for label in labels:
         states += 1
-        executed += label["source"] == "executed"
-        queried += label["source"] == "queried"
-        cached += label["source"] == "cache"
+        sources[label["source"]] += 1
         invalid += not label["valid"]
-        tokens += label["tokens"]["out"] if label["source"] == "queried" else 0
         compared += [label["agrees"]] if label["agrees"] is not None else []
+        if label["source"] == "queried":
+            seconds += label["seconds"]
+            for kind in asked:
+                asked[kind] += label["tokens"][kind] or 0
     return {
         "states": states,
-        "executed": executed,
-        "queried": queried,
-        "cached": cached,
+        "executed": sources["executed"],
+        "queried": sources["queried"],
+        "cached": sources["cache"],
         "invalid": invalid,
         "agree": sum(compared) / len(compared) if compared else None,
-        "tokens_out": tokens,
+        **{f"tokens_{kind}": number for kind, number in asked.items()},
+        "teacher_seconds": seconds,
     }
 
 

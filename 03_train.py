@@ -17,9 +17,12 @@ writes  --out DIR: adapter_model.safetensors + adapter_config.json (PEFT), train
     torchrun --nproc-per-node 4 03_train.py --data runs/demo/iter_001 --out runs/demo/iter_001/adapter
 
 With torchrun every process holds the whole model and takes its share of the rows of each step (data parallel).
-Not here: no model that is too large for one GPU.
+An adapter trained on an NF4 base is served on the plain one (vLLM): at the end its loss is measured under both, on the
+same labels (loss_nf4, loss_plain in the summary). Not here: no model that is too large for one GPU.
 """
 
+import contextlib
+import dataclasses
 import json
 import random
 import sys
@@ -96,8 +99,8 @@ def read_labels(directories: list[str]) -> tuple[list[dict[str, dict[int, str]]]
             if record["trajectory_id"] in turns:
                 raise InputError(f"{directory}/trajectories.jsonl:{number}: {record['trajectory_id']} is there twice")
             turns[record["trajectory_id"]] = sum(m["role"] == "assistant" for m in record["messages"])
-            kwargs = ((record["student"] or {}).get("extra") or {}).get("chat_template_kwargs")
-            if kwargs is not None:
+            if record["student"]:
+                kwargs = (record["student"].get("extra") or {}).get("chat_template_kwargs") or {}
                 kinds.add(json.dumps(kwargs, sort_keys=True))
         labels: dict[str, dict[int, str]] = {name: {} for name in turns}
         path = Path(directory) / "labels.jsonl"
@@ -251,6 +254,15 @@ def work(args: Args) -> None:
         "processes": processes.size,
         "peak_memory_mb": round(training.peak_memory_mb(), 1),
     }
+    if quant == "nf4" and not args.dry_run:
+        chosen = random.Random(mixing.derive("gap", args.seed)).sample(data, min(SAMPLE, len(data)))
+        parameters = model.get_base_model().num_parameters()
+        summary["gap_label_tokens"] = count_label_tokens(chosen)
+        summary["loss_nf4"] = label_loss(args, chosen, model, processes)
+        del model  # both at once may not fit; label_loss has waited for the first process, so the adapter is there
+        summary["loss_plain"] = plain_loss(args, chosen, parameters, processes)
+        if processes.first:
+            say_gap(summary)
     if args.dry_run and processes.first:
         run.print_summary(summary)
     elif processes.first:
@@ -366,7 +378,7 @@ def train(args: Args, data: list, model, out: Path | None, processes) -> dict:
                     "peak_memory_mb": round(training.peak_memory_mb(), 1)}  # fmt: skip
             print(json.dumps(line), file=log, flush=True)
             count |= {"steps": number + 1, "seconds": seconds_before + time.time() - began}
-            if time.time() - saved >= args.save_every:
+            if number + 1 == len(steps) or time.time() - saved >= args.save_every:
                 training.save_state(out, parameters, optimiser, count)
                 saved = time.time()
     bar.close()
@@ -390,6 +402,61 @@ def pack(args: Args, samples: list, attention: float, processes: int) -> list:
     if tree:
         return prefix_tree.pack_tree(samples, weights, limit, attention)
     return prefix_tree.pack_per_turn(samples, weights, limit)
+
+
+# ---------------------------------------------------------------- NF4 or plain: what the change of base costs
+
+
+SAMPLE = 32  # trajectories that both losses are measured on
+
+
+def label_loss(args: Args, trajectories: list, model, processes) -> float | None:
+    """Mean of -log p over the label tokens of these trajectories; None where a process ran out of the GPU's memory."""
+    import torch
+    from tqdm import tqdm
+
+    from common import training
+
+    base = model.get_base_model()
+    attention = training.attention_cost(base)
+    nll, full = 0.0, False
+    bar = tqdm(trajectories, unit="trajectory", desc="measure", dynamic_ncols=True, leave=False,
+               disable=not processes.first)
+    try:
+        with torch.no_grad():
+            for trajectory in bar:
+                mine = processes.share(pack(args, trajectory.samples(), attention, processes.size), attention)
+                nll += sum(accumulate(base, batch, backward=False) for batch in mine)
+    except torch.OutOfMemoryError:
+        full = True
+    nll, full = processes.total([nll, float(full)])  # every process gets here, or the others would wait for ever
+    return None if full else nll / count_label_tokens(trajectories)
+
+
+def plain_loss(args: Args, trajectories: list, parameters: int, processes) -> float | None:
+    """label_loss of the adapter in --out on the plain base; None where that does not fit into memory."""
+    import torch
+
+    from common import training
+
+    longest, model = max(trajectory.longest for trajectory in trajectories), None
+    plain = dataclasses.replace(args, quant="none", init_adapter=args.out, checkpointing="none")
+    if training.room_for_plain(parameters):
+        with contextlib.suppress(torch.OutOfMemoryError):
+            model, _ = prepare_model(plain, longest)
+    missing = processes.total([float(model is None)])[0]
+    return None if missing else label_loss(args, trajectories, model, processes)
+
+
+def count_label_tokens(trajectories: list) -> int:
+    return sum(sample.n_label for trajectory in trajectories for sample in trajectory.samples())
+
+
+def say_gap(found: dict) -> None:
+    nf4, plain = ("not measured (it does not fit into memory)" if found[name] is None else f"{found[name]:.4f}"
+                  for name in ("loss_nf4", "loss_plain"))  # fmt: skip
+    print(f"label loss of the adapter on its NF4 base: {nf4}; on the plain base, as vLLM serves it: {plain} "
+          f"({found['gap_label_tokens']} label tokens)", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from common.agent import AgentFlags
 from common.policies import PolicyFlags, StudentFlags
 
 TEST_TIMEOUT = 120.0  # seconds, of the local grader
+TOKENS = ("in", "cached", "out")
 
 
 @dataclass(kw_only=True)
@@ -59,7 +60,7 @@ class Args(AgentFlags, StudentFlags, PolicyFlags):
     top_p: float = 1.0
     """nucleus sampling"""
     teacher_key_env: str = "OPENAI_API_KEY"
-    """environment variable with the key of an openai: policy"""
+    """environment variable with the key of the openai: policy that is scored, whoever that is"""
     test_timeout: float | None = None
     """seconds that the tests of one task may take (default: 120 local, 1800 swebench, which is the harness's own)"""
     workers: int = 8
@@ -77,10 +78,10 @@ class Args(AgentFlags, StudentFlags, PolicyFlags):
 def work(args: Args) -> None:
     from pathlib import Path
 
-    from common import docker_engine, jsonl, official, policies, prompts, sandbox, stage_tools, tasks
+    from common import cost, docker_engine, jsonl, official, policies, prompts, sandbox, stage_tools, tasks
     from common.errors import InputError
 
-    stage_tools.check_counts(args, "workers", "max_turns")
+    stage_tools.check_counts(args, "workers", "slots", "max_turns")
     if sum(source is not None for source in (args.student, args.predictions, args.trajectories)) != 1:
         raise InputError("give exactly one of --student, --predictions and --trajectories")
     rows = {row["instance_id"]: row for row in tasks.load(args.tasks, args.limit)}
@@ -92,11 +93,12 @@ def work(args: Args) -> None:
         return regrade(args, rows, graders)
     if args.student:
         sandbox.prepare(list(rows.values()), args.sandbox, check_images=args.check_images, evict_images=args.evict_images)
+    meter = cost.Meter(Path(args.out) / "trajectories.jsonl", args.price, args.max_cost)
     student = given = None
     if args.student:
         student = policies.open_policy(
-            args.student, role="student", batch=args.workers, **args.options("student"),
-            temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
+            args.student, role="student", batch=args.workers,
+            **args.options("student") | {"key_env": args.teacher_key_env}, temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
             max_context=args.max_context,
         )  # fmt: skip
     else:
@@ -136,8 +138,9 @@ def work(args: Args) -> None:
         docker_engine.connect()  # now, not after hours of rolling out
 
     if student:
+        meter.open(args.overwrite)
         if not rollouts.finished:
-            roll_out(args, stage, rollouts, student, rows)
+            roll_out(args, stage, rollouts, meter.watch(student), meter, rows)
         given = list(jsonl.read(rollouts.path, "trajectory"))
         name = args.student
         lines = [{"instance_id": r["instance_id"], "model_name_or_path": name, "model_patch": r["patch"]} for r in given]
@@ -146,12 +149,13 @@ def work(args: Args) -> None:
     output.open()
     results, left = grade_all(args, stage, output, rows, graders, given)
     summary = measure(rows, results, infra_errors=left + (len(rows) - len(given) if student else 0))
+    summary |= meter.summary()
     output.finish([output.key(result) for result in results])
     jsonl.write_atomically(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     stage.finish(summary)
 
 
-def roll_out(args: Args, stage, rollouts, student, rows: dict[str, dict]) -> None:
+def roll_out(args: Args, stage, rollouts, student, meter, rows: dict[str, dict]) -> None:
     """The student alone on every task, into trajectories.jsonl."""
     from common import agent, stage_tools
 
@@ -193,7 +197,7 @@ def roll_out(args: Args, stage, rollouts, student, rows: dict[str, dict]) -> Non
 
     jobs = [(name,) for name in rows]
     todo = [job for job in jobs if job not in rollouts]
-    stage_tools.run_jobs(args, stage, rollouts, jobs, todo, collect, args.workers, "roll out", postfix)
+    stage_tools.run_jobs(args, stage, rollouts, jobs, todo, collect, args.workers, "roll out", postfix, meter)
     rollouts.finish(jobs)
 
 
@@ -256,6 +260,7 @@ def regrade(args: Args, rows: dict[str, dict], graders: dict[str, str]) -> None:
             verdict = grading.regrade(row, end, log)
         results.append(result(by_key[key], verdict, grader, old["seconds"]))
     summary = measure(rows, results, infra_errors=stage.manifest["summary"]["infra_errors"])
+    summary |= {name: then for name, then in stage.manifest["summary"].items() if name == "cost"}
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in results]
     jsonl.write_atomically(out / "results.jsonl", "".join(lines))
     jsonl.write_atomically(out / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -275,7 +280,7 @@ def log_name(args: Args, key: tuple) -> str:
 def result(record: dict, verdict: dict, grader: str, seconds: float) -> dict:
     """One line of results.jsonl. seconds: of grading; a trajectory's own are taken where there is one."""
     turns = [m for m in record.get("messages", []) if m["role"] == "assistant"]
-    tokens = {kind: sum(m["tokens"][kind] or 0 for m in turns) for kind in ("in", "cached", "out")}
+    tokens = {kind: sum(m["tokens"][kind] or 0 for m in turns) for kind in TOKENS}
     return {
         "schema": schema.VERSION,
         "instance_id": record["instance_id"],
@@ -340,7 +345,7 @@ def measure(rows: dict[str, dict], results: list[dict], infra_errors: int) -> di
         "grader": "+".join(graders) or None,
         "tampered": sum(result["tampered"] for result in results),
         "turns": sum(result["turns"] or 0 for result in results),
-        "tokens_out": sum((result["tokens"] or {"out": 0})["out"] for result in results),
+        **{f"tokens_{kind}": sum((result["tokens"] or {}).get(kind, 0) for result in results) for kind in TOKENS},
         **counted("exit_status", "exit_"),
         "failure_modes": counted("failure_mode"),
         "groups": {

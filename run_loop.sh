@@ -3,6 +3,8 @@
 #
 #   ./run_loop.sh                     the whole loop on the embedded tasks and student: a laptop, no GPU, no Docker
 #   ITERATIONS=5 ./run_loop.sh        goes on from where a finished run stopped
+#   PRESET=paper ./run_loop.sh        SWE-Gym at the paper's scale (README, "Presets": what it needs)
+#   DRY_RUN=1 ./run_loop.sh           prints every command instead of running it
 #   RUN=mine TASKS=mine.jsonl EVAL_TASKS=dev.jsonl TEST_TASKS= TEACHER=openai:MODEL@URL STUDENT=hf:MODEL ./run_loop.sh
 #   STUDENT=vllm:MODEL,util=0.3 TEACHER=vllm:LARGE_MODEL,util=0.6 ...   on a GPU, or on several: gpus=0 and gpus=1+2
 #
@@ -11,44 +13,75 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 # The knobs
-RUN=${RUN:-laptop}                        # the run lives in runs/$RUN, or in $RUN if that is absolute
+PRESET=${PRESET:-laptop}                  # laptop, or what changes the defaults below: paper, paper-8b, api-teacher
+. common/presets.sh
+RUN=${RUN:-$PRESET}                       # the run lives in runs/$RUN, or in $RUN if that is absolute
 ITERATIONS=${ITERATIONS:-3}               # DAgger iterations; the first is SFT on the teacher's own trajectories
 TASKS=${TASKS:-toy:train}                 # collected on
 EVAL_TASKS=${EVAL_TASKS:-toy:dev}         # chooses the iteration
 TEST_TASKS=${TEST_TASKS-toy:test}         # looked at once, at the end; may be empty
 STUDENT=${STUDENT:-hf:smollm2-135m}       # the base model, as a policy
+STUDENT_EXTRA=${STUDENT_EXTRA:-}          # JSON of more fields for the student's requests
 TEACHER=${TEACHER:-oracle}                # who labels
+TEACHER_EXTRA=${TEACHER_EXTRA:-}          # the same for the teacher's
+TEACHER_KEY_ENV=${TEACHER_KEY_ENV:-}      # environment variable with the teacher's key, if not OPENAI_API_KEY
+PRICE=${PRICE:-}                          # of the teacher, IN,CACHED,OUT in dollars per million tokens
+MAX_COST=${MAX_COST:-}                    # dollars for the teacher after which a stage stops
+INLINE=${INLINE:-0}                       # 1: the label of a student's turn is asked for during the rollout
 MIX=${MIX:-turn}                          # turn (DAgger), teacher (SFT), student (on-policy)
 SCHEDULE=${SCHEDULE:-linear:2}            # beta of each iteration
-AGGREGATE=${AGGREGATE:-current}           # current (go on from the last adapter, as the paper does) or union (all labels so far)
+AGGREGATE=${AGGREGATE:-current}           # current (go on from the last adapter, as the paper) or union (all labels)
 SAMPLE=${SAMPLE:-96}                      # tasks per iteration
 SEED=${SEED:-0}
 WORKERS=${WORKERS:-32}                    # trajectories at once
+CONTEXT=${CONTEXT:-2048}                  # tokens of the longest conversation
 AGENT_FLAGS=${AGENT_FLAGS:---max-turns 9} # more flags for 01 and 04
-TRAIN_FLAGS=${TRAIN_FLAGS:---epochs 2 --batch-size 1 --lr 2e-3}  # more flags for 03; many small steps suit a tiny student,
-                                          # a large one wants --lr 1e-4 and larger steps
+LR=${LR:-2e-3}                            # a large student wants less, and larger steps
+TRAIN_FLAGS=${TRAIN_FLAGS:---epochs 2 --batch-size 1}  # more flags for 03; many small steps suit a tiny student
+TRAIN_GPUS=${TRAIN_GPUS:-1}               # GPUs that train, each with the whole model
+DRY_RUN=${DRY_RUN:-0}                     # 1: print the commands, touch nothing
 
-. common/setup.sh
+case $AGGREGATE in union | current) ;; *) echo "AGGREGATE is union or current, not $AGGREGATE" >&2; exit 2 ;; esac
+if [ "$DRY_RUN" = 1 ]; then PYTHON=.venv/bin/python; else . common/setup.sh; fi
 
 case $RUN in /*) run=$RUN ;; *) run=runs/$RUN ;; esac
 base=${STUDENT%%,*} model=${base#*:}
 export SWE_DAGGER_KEEPER=$$               # a vllm: server that one stage starts serves the next ones, until we end
-iter() { printf '%s/iter_%03d' "$run" "$1"; }
-student() { [ "$1" = 0 ] && echo "$STUDENT" || echo "$base,adapter=$(iter "$1")/adapter${STUDENT#"$base"}"; }
-collected() {                             # what iteration $1 trains on, and what it starts from
-    case $AGGREGATE in
-        union) for ((j = 1; j <= $1; j++)); do iter "$j"; echo; done ;;
-        current) iter "$1"; [ "$1" = 1 ] || echo " --init-adapter $(iter $(($1 - 1)))/adapter" ;;
-        *) echo "AGGREGATE is union or current, not $AGGREGATE" >&2; exit 2 ;;
-    esac
+agent=(--workers "$WORKERS" --max-context "$CONTEXT" $AGENT_FLAGS)
+of_student=(${STUDENT_EXTRA:+--student-extra "$STUDENT_EXTRA"})
+key=(${TEACHER_KEY_ENV:+--teacher-key-env "$TEACHER_KEY_ENV"})
+cost=(${PRICE:+--price "$PRICE"} ${MAX_COST:+--max-cost "$MAX_COST"})
+of_teacher=("${key[@]}" ${TEACHER_EXTRA:+--teacher-extra "$TEACHER_EXTRA"} "${cost[@]}")
+inline=(); [ "$INLINE" = 0 ] || inline=(--inline --cache "$run/cache")
+torchrun=(); [ "$TRAIN_GPUS" = 1 ] || torchrun=(-m torch.distributed.run --standalone --nproc-per-node "$TRAIN_GPUS")
+
+number() { if [ "$1" = N ]; then echo N; else printf %03d "$1"; fi; }
+iter() { echo "$run/iter_$(number "$1")"; }
+student() {                               # as a policy after iteration $1; options stay behind the adapter
+    if [ "$1" = 0 ]; then echo "$STUDENT"; else
+        echo "$base,adapter=$(iter "$1")/adapter${STUDENT#"$base"}"; fi
 }
-stage() { echo >&2; echo "== $1" >&2; shift; "$PYTHON" "$@" --seed "$SEED" >/dev/null; }
+collected() {                             # what iteration $1 trains on, and what it starts from
+    if [ "$AGGREGATE" = union ]; then
+        for ((j = 1; j <= $1; j++)); do iter "$j"; done
+    else
+        iter "$1"; [ "$1" = 1 ] || echo "--init-adapter $(iter $(($1 - 1)))/adapter"
+    fi
+}
+quoted() {                                # the words as a line for a shell
+    local word line=
+    for word; do [[ $word =~ ^[-[:alnum:]_./:,=@+]+$ ]] || word=${word@Q}; line+=" $word"; done
+    echo "${line# }"
+}
+say() { if [ "$DRY_RUN" = 1 ]; then printf '\n# %s\n' "$1"; else printf '\n== %s\n' "$1" >&2; fi; }
+call() { if [ "$DRY_RUN" = 1 ]; then quoted "$PYTHON" "$@"; else "$PYTHON" "$@" >/dev/null; fi; }
+stage() { say "$1"; call "${@:2}" --seed "$SEED"; }
 
 # Where we start: the untrained student, and the teacher who is to be imitated
 stage "the untrained student on $EVAL_TASKS" 04_eval.py --tasks "$EVAL_TASKS" --student "$STUDENT" \
-    --out "$(iter 0)/eval" --workers "$WORKERS" $AGENT_FLAGS
+    --out "$(iter 0)/eval" "${of_student[@]}" "${agent[@]}"
 stage "the teacher on $EVAL_TASKS" 04_eval.py --tasks "$EVAL_TASKS" --student "$TEACHER" \
-    --out "$run/teacher/eval" --workers "$WORKERS" $AGENT_FLAGS
+    --out "$run/teacher/eval" "${key[@]}" ${TEACHER_EXTRA:+--student-extra "$TEACHER_EXTRA"} "${cost[@]}" "${agent[@]}"
 
 for ((i = 1; i <= ITERATIONS; i++)); do
     dir=$(iter "$i")
@@ -56,26 +89,34 @@ for ((i = 1; i <= ITERATIONS; i++)); do
     # 1. Teacher and student take turns on fresh tasks: b_t ~ Bernoulli(beta_i)
     stage "iteration $i: collect" 01_collect.py --tasks "$TASKS" --exclude-tasks "$EVAL_TASKS" $TEST_TASKS \
         --sample "$SAMPLE" --iteration "$i" --mix "$MIX" --schedule "$SCHEDULE" \
-        --teacher "$TEACHER" --student "$(student $((i - 1)))" \
-        --out "$dir/trajectories.jsonl" --workers "$WORKERS" $AGENT_FLAGS
+        --teacher "$TEACHER" --student "$(student $((i - 1)))" --out "$dir/trajectories.jsonl" \
+        "${of_teacher[@]}" "${of_student[@]}" "${inline[@]}" "${agent[@]}"
 
     # 2. The teacher's action at every state that was visited
     stage "iteration $i: relabel" 02_relabel.py --trajectories "$dir/trajectories.jsonl" --teacher "$TEACHER" \
-        --out "$dir/labels.jsonl" --workers "$WORKERS"
+        --out "$dir/labels.jsonl" --workers "$WORKERS" --cache "$run/cache" "${of_teacher[@]}"
 
-    # 3. Train the student on all labels so far, with the GPU to itself
-    "$PYTHON" -m common.serve stop "$STUDENT" "$TEACHER" >&2
-    stage "iteration $i: train" 03_train.py --data $(collected "$i") --model "$model" --out "$dir/adapter" $TRAIN_FLAGS
+    # 3. Train the student on all labels so far, with the GPUs to itself
+    case "$STUDENT $TEACHER" in *vllm:*) call -m common.serve stop "$STUDENT" "$TEACHER" ;; esac
+    stage "iteration $i: train" "${torchrun[@]}" 03_train.py --data $(collected "$i") --model "$model" \
+        --out "$dir/adapter" --max-context "$CONTEXT" --tokens-per-batch "$CONTEXT" --lr "$LR" $TRAIN_FLAGS
 
     # 4. What can it do now?
     stage "iteration $i: evaluate" 04_eval.py --tasks "$EVAL_TASKS" --student "$(student "$i")" --iteration "$i" \
-        --out "$dir/eval" --workers "$WORKERS" $AGENT_FLAGS
+        --out "$dir/eval" "${of_student[@]}" "${agent[@]}"
 done
 
 # The iteration that was best on $EVAL_TASKS meets the locked test split, once
-best=$("$PYTHON" -m common.table "$run" --iterations "$ITERATIONS" --best)
+table=(-m common.table "$run" --iterations "$ITERATIONS")
+if [ "$DRY_RUN" = 1 ]; then
+    best=N
+    say "N is the iteration that this prints, the best on $EVAL_TASKS"
+    call "${table[@]}" --best
+else
+    best=$("$PYTHON" "${table[@]}" --best)
+fi
 if [ -n "$TEST_TASKS" ]; then
     stage "iteration $best on $TEST_TASKS" 04_eval.py --tasks "$TEST_TASKS" --student "$(student "$best")" \
-        --iteration "$best" --out "$run/test/iter_$(printf %03d "$best")" --workers "$WORKERS" $AGENT_FLAGS
+        --iteration "$best" --out "$run/test/iter_$(number "$best")" "${of_student[@]}" "${agent[@]}"
 fi
-"$PYTHON" -m common.table "$run" --iterations "$ITERATIONS"
+if [ "$DRY_RUN" = 1 ]; then say "the table"; call "${table[@]}"; else "$PYTHON" "${table[@]}"; fi

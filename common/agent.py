@@ -4,9 +4,13 @@ The conversation is a plain chat list: system prompt, problem statement, then as
 `user`) in alternation. What was sent is what is stored; a policy sees role and content alone.
 """
 
+import contextlib
+import functools
+import os
 import shutil
 import sys
 import textwrap
+import threading
 import time
 from dataclasses import dataclass
 from typing import Callable, Literal
@@ -31,9 +35,11 @@ class AgentFlags:
     max_new_tokens: int = 64
     """tokens that one turn may take"""
     time_limit: float = 600.0
-    """seconds after which a trajectory ends as time_limit"""
+    """seconds after which a trajectory ends as time_limit (waiting for a slot does not count)"""
     command_timeout: float = 20.0
     """seconds that one command may take"""
+    slots: int = 2 * (os.cpu_count() or 1)
+    """commands at once, however many workers there are; patches and starts of local sandboxes count too"""
     sandbox: Literal["auto", "docker", "local"] = "auto"
     """where commands run: local is bubblewrap, for tasks with `local`; docker a container of the task's image"""
     network: bool = False
@@ -47,6 +53,12 @@ class AgentFlags:
         """What of these makes it the same work (run.Stage)."""
         names = ("max_turns", "max_context", "max_tokens", "max_new_tokens", "time_limit", "command_timeout")
         return {name: getattr(self, name) for name in names} | ({"network": True} if self.network else {})
+
+
+@functools.cache
+def _slots(number: int) -> threading.BoundedSemaphore:
+    """What a command holds while it runs: 512 test runs at once on 16 cores would all reach their timeout."""
+    return threading.BoundedSemaphore(number)
 
 
 def rollout(
@@ -71,6 +83,7 @@ def rollout(
 
     for message in prompts.opening(row):
         store(message | {"content": harmless(message["content"])})
+    slots, waited = _slots(flags.slots), 0.0
     started, generated, without_command = time.monotonic(), 0, 0
     status = "turn_limit"
     try:
@@ -94,13 +107,17 @@ def rollout(
                     "seconds": round(answer.seconds, 3),
                     "logprob": answer.logprob,
                 }
+                | ({"reasoning": answer.reasoning} if answer.reasoning else {})
             )
             if command == actions.SUBMIT:
                 status = "submitted"
                 break
             without_command = 0 if command else without_command + 1
             if command:
-                result = box.run(command)
+                asked = time.monotonic()
+                with slots:
+                    waited += time.monotonic() - asked
+                    result = box.run(command)
                 store(
                     {
                         "role": "user",
@@ -127,10 +144,11 @@ def rollout(
             if generated >= flags.max_tokens:
                 status = "token_limit"
                 break
-            if time.monotonic() - started >= flags.time_limit:
+            if time.monotonic() - started - waited >= flags.time_limit:
                 status = "time_limit"
                 break
-        return {"messages": messages, "exit_status": status, "patch": box.diff()}
+        with slots:
+            return {"messages": messages, "exit_status": status, "patch": box.diff()}
     except InfraError as error:
         error.record = {"messages": messages, "exit_status": "infra_error", "patch": "", "error": str(error)}
         raise
@@ -159,8 +177,13 @@ def trajectory(
         "limits": flags.limits(),
     }
     try:
-        with sandbox.open_sandbox(row, flags.sandbox, flags.command_timeout, network=flags.network,
-                                  trajectory=record["trajectory_id"]) as box:
+        with contextlib.ExitStack() as stack:
+            # A container may wait for its image for minutes, and starts have a limit of their own.
+            docker = sandbox.kind_of(row, flags.sandbox) == "docker"
+            with contextlib.nullcontext() if docker else _slots(flags.slots):
+                box = stack.enter_context(
+                    sandbox.open_sandbox(row, flags.sandbox, flags.command_timeout, network=flags.network,
+                                         trajectory=record["trajectory_id"]))  # fmt: skip
             record |= rollout(row, box, ask, flags, watch)
     except InfraError as error:
         error.record = record | getattr(error, "record", {"messages": [], "exit_status": "infra_error", "patch": ""})
@@ -168,7 +191,20 @@ def trajectory(
     for message in record["messages"]:
         if message["role"] == "assistant" and message["tokens"]["out"] is None:
             message["tokens"]["out"] = count(message["content"])
-    return record | {"started": started, "finished": time.time()}
+    return record | {"usage": usage(record["messages"]), "started": started, "finished": time.time()}
+
+
+def usage(messages: list[dict]) -> dict:
+    """What each actor's turns took: {"teacher": {"turns", "in", "cached", "out" (tokens), "seconds"}, "student": ...}."""
+    sums: dict[str, dict] = {}
+    for message in messages:
+        if message["role"] == "assistant":
+            of = sums.setdefault(message["actor"], {"turns": 0, "in": 0, "cached": 0, "out": 0, "seconds": 0.0})
+            of["turns"] += 1
+            of["seconds"] = round(of["seconds"] + message["seconds"], 3)
+            for kind in ("in", "cached", "out"):
+                of[kind] += message["tokens"][kind] or 0
+    return sums
 
 
 class Show:

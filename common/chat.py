@@ -15,13 +15,13 @@ import sys
 from typing import Any, Iterable, Iterator, TextIO
 from weakref import WeakKeyDictionary
 
-import numpy as np
-
 from common.errors import InputError
 
 # "<|im_end|>", "<|eot_id|>", and the full-width bars of some models. Tokens of other shapes ("</s>", "[INST]") are
 # ordinary text in many programs, so they are touched only where a tokenizer says that they are special.
 SPECIAL_LOOK = r"<[|\uff5c][^\s<>|\uff5c](?:[^<>|\uff5c\n]{0,62}[^\s<>|\uff5c])?[|\uff5c]>"
+
+THINK = ("<think>", "</think>")  # are kept as they are even where a tokenizer calls them special: labels hold them
 
 _cache: "WeakKeyDictionary[Any, dict]" = WeakKeyDictionary()  # tokenizer -> what was found out about it
 
@@ -82,13 +82,15 @@ def sample(
 
 def samples(
     tokenizer: Any, messages: list[dict], labels: list[tuple[int, str]], template_kwargs: dict | None = None
-) -> Iterator[tuple[np.ndarray, int]]:
+) -> "Iterator[tuple[np.ndarray, int]]":
     """`sample(messages[:place], label)` for each (place, label) of one conversation, ids as int32, in less time.
 
     T states tokenised one by one cost T^2 / 2 turns. But a special token always stands alone: between two of them the
     ids depend on the text between them. So each such piece is tokenised once. The longest state is also rendered in
     full; where the ids differ (a tokenizer that looks across special tokens) every state is.
     """
+    import numpy as np
+
     piece: dict[str, np.ndarray] = {}
     split = _facts(tokenizer)["split"].split
     plain = _plain(tokenizer, messages)
@@ -128,7 +130,23 @@ def show(tokenizer: Any, ids: list[int], n_prompt: int, file: TextIO | None = No
 
 
 def _answer(tokenizer: Any, label: str, template_kwargs: dict | None) -> list[int]:
-    return encode(tokenizer, harmless(label, special_tokens(tokenizer))) + end_of_turn(tokenizer, template_kwargs)
+    opened = _opened(tokenizer, template_kwargs)
+    if opened is not None and label.lstrip().startswith(THINK[0]):
+        label = label.lstrip().removeprefix(THINK[0]).removeprefix(opened)
+    label = _inert(label, _facts(tokenizer)["pattern"])
+    return encode(tokenizer, label) + end_of_turn(tokenizer, template_kwargs)
+
+
+def _opened(tokenizer: Any, template_kwargs: dict | None) -> str | None:
+    """What the generation prompt has after the <think> that it ends with: a label must not open the block again."""
+    known = _facts(tokenizer)["opened"]
+    key = json.dumps(template_kwargs or {}, sort_keys=True)
+    if key not in known:
+        asked = [{"role": "user", "content": "a"}]
+        text = _apply(tokenizer, asked, template_kwargs, tokenize=False, add_generation_prompt=True)
+        _, opens, after = text.rpartition(THINK[0])
+        known[key] = after if opens and not after.strip() else None
+    return known[key]
 
 
 def _apply(tokenizer: Any, messages: list[dict], template_kwargs: dict | None, **how: bool) -> Any:
@@ -191,9 +209,10 @@ def _facts(tokenizer: Any) -> dict:
             "special_ids": special_ids,
             "added_ids": set(added),
             "split": re.compile(f"({'|'.join(map(re.escape, specials)) or '(?!)'})"),
-            "pattern": _pattern(tuple(token for token in specials if token.strip())),
+            "pattern": _pattern(tuple(token for token in specials if token.strip() and token not in THINK)),
             "anchor": anchor,
             "end_of_turn": {},
+            "opened": {},
         }
     return _cache[tokenizer]
 

@@ -32,12 +32,13 @@ class Answer:
     """One assistant turn. Token counts are None where the policy has no tokenizer."""
 
     text: str
-    finish_reason: str  # "stop" | "length" (cut off)
+    finish_reason: str  # "stop" | "length" (cut off) | "content_filter" (cut off or refused by the server's filter)
     tokens_in: int | None = None
     tokens_cached: int | None = None  # those of tokens_in that were not computed again
     tokens_out: int | None = None
     seconds: float = 0.0
     logprob: float | None = None  # mean per generated token, the one that ends the turn included
+    reasoning: str | None = None  # what a server returned apart from the text; recorded, never rendered
 
 
 @dataclass(kw_only=True)
@@ -46,12 +47,16 @@ class PolicyFlags:
 
     keep_reasoning: bool = False
     """store the reasoning that a server returns apart inside the content, as generated (it is trained on then)"""
+    price: str | None = None
+    """dollars per million tokens, IN,CACHED,OUT, of the teacher (in 04: of the scored policy) on a server"""
+    max_cost: float | None = None
+    """stop before this many dollars are passed, those of earlier calls of the same command included"""
 
     def options(self, role: str) -> dict:
         """What open_policy wants to know for this role ("student" or "teacher"). Raises InputError for bad JSON."""
         extra = getattr(self, f"{role}_extra", None)
         return {
-            "key_env": getattr(self, "teacher_key_env", None),
+            "key_env": getattr(self, f"{role}_key_env", None),
             "extra": _json_object(f"--{role}-extra", extra) if extra else None,
             "inflight": getattr(self, f"{role}_inflight", None),
             "keep_reasoning": self.keep_reasoning,
@@ -75,7 +80,8 @@ class StudentFlags:
     """The flags of a student on a server."""
 
     student_extra: str | None = None
-    """JSON object of more fields for the student's requests; its chat_template_kwargs are used in training too"""
+    """JSON object of more fields for the requests of the student, or of the teacher where 04 scores it; the student's
+    chat_template_kwargs are used in training too"""
     student_inflight: int | None = None
     """requests at once to the student's server (default: as many as --workers)"""
 
@@ -87,6 +93,8 @@ def _json_object(flag: str, text: str) -> dict:
         raise InputError(f"{flag} {text!r}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise InputError(f'{flag} {text!r}: must be a JSON object, as {{"top_k": 20}}')
+    if not isinstance(value.get("chat_template_kwargs", {}), dict):
+        raise InputError(f"{flag} {text!r}: chat_template_kwargs must be a JSON object")
     return value
 
 
@@ -106,9 +114,10 @@ def open_policy(
 ):
     """The policy that `spec` names. Raises InputError for a bad one; models are loaded with the first question.
 
-    role: "student" or "teacher" (who is asked for log-probabilities, whose key key_env names). batch: how many
-    threads will ask at once. extra: more fields of the request (openai:, vllm:), {"chat_template_kwargs": {...}} (hf:).
-    inflight: requests at once to a server. keep_reasoning: PolicyFlags.
+    role: "student" or "teacher" (the student is asked for log-probabilities; flags are named after it). batch: how many
+    threads will ask at once. key_env: the environment variable with the key of a server (default: OPENAI_API_KEY).
+    extra: more fields of the request (openai:, vllm:), {"chat_template_kwargs": {...}} (hf:). inflight: requests at once to a
+    server (default: batch). keep_reasoning: PolicyFlags.
     """
     kind, _, rest = spec.partition(":")
     sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
@@ -118,14 +127,17 @@ def open_policy(
         from common.hf_policy import HfPolicy
 
         return HfPolicy(rest, sampling, max_context, batch, extra or {})
+    server = {"inflight": batch if inflight is None else inflight, "keep_reasoning": keep_reasoning}
     if kind == "openai" and rest:
         from common.openai_policy import OpenAIPolicy
 
-        return OpenAIPolicy(rest, role, sampling, max_context, key_env, extra or {})
+        return OpenAIPolicy(rest, role, sampling, max_context, key_env=key_env, extra=extra or {}, **server)
     if kind == "vllm" and rest:
         from common.vllm_policy import VllmPolicy
 
-        return VllmPolicy(rest, role, sampling, max_context, extra or {})
+        return VllmPolicy(rest, role, sampling, max_context, extra=extra or {}, **server)
+    if extra and (spec == "oracle" or kind == "replay"):
+        raise InputError(f"--{role}-extra is for servers and hf:, not for {spec}")
     if spec == "oracle":
         return OraclePolicy(sampling)
     if kind == "replay" and rest:
@@ -138,6 +150,8 @@ class Plain:
 
     name = ""
     extra: dict = {}
+    answers_states = True  # an answer hangs on the messages, not on whose and which turn it is
+    free = True  # asking costs no money
 
     def __init__(self, sampling: dict):
         self.sampling = sampling
@@ -175,6 +189,8 @@ class ReplayPolicy(Plain):
     Lines of FILE are {"instance_id", "attempt" (optional), "turns": [text, ...]}, or trajectories (their assistant
     messages). A line without an attempt answers every attempt that has no line of its own.
     """
+
+    answers_states = False
 
     def __init__(self, path: str, sampling: dict):
         super().__init__(sampling)

@@ -6,6 +6,7 @@ A script is `run.main(Args, work)`. Args is a dataclass; the text under a field 
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -20,13 +21,13 @@ import textwrap
 import time
 import types
 import typing
-from importlib import metadata
 from pathlib import Path
 
 from common import jsonl
 from common.errors import InputError, StageError
 
 ROOT = Path(__file__).resolve().parent.parent
+FILES = 16384  # open at once: a worker has up to a dozen
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "swebench", "openai", "vllm")
 
 
@@ -74,6 +75,7 @@ def _help(args_class: type, field: dataclasses.Field) -> str:
     return text.replace("%", "%%") + (f" (default: {field.default})" if shown else "")
 
 
+@functools.cache
 def _field_texts(owner: type) -> dict[str, str]:
     """The string under each annotated field in the source of a class."""
     body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body
@@ -88,6 +90,7 @@ def main(args_class: type, work: typing.Callable) -> typing.NoReturn:
     """Parse, work, exit: 0 done, 2 bad usage or input, 1 anything else. Stopping by Ctrl-C or SIGTERM loses nothing."""
     args = parse(args_class)
     signal.signal(signal.SIGTERM, _stop)
+    _allow_files()
     # On a CPU it recommends a package with a faster NF4 kernel, which has no backward pass.
     logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
     code = 1
@@ -118,6 +121,15 @@ def main(args_class: type, work: typing.Callable) -> typing.NoReturn:
     if serve := sys.modules.get("common.serve"):
         serve.leave()
     os._exit(code)  # worker threads may still wait for a model or a command; their local sandboxes die with this process
+
+
+def _allow_files() -> None:
+    """Hundreds of workers need more open files than the usual 1024. Not all that may be had: some programs that are
+    started from here close every number up to the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _stop(signum, frame):
@@ -276,6 +288,8 @@ def _git(*words: str) -> str | None:
 
 
 def _version(package: str) -> str | None:
+    from importlib import metadata
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

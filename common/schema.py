@@ -47,6 +47,8 @@ TRAJECTORY = {
     "messages": (_LIST, True),
     "exit_status": (_TEXT, True),
     "patch": (_TEXT, True),
+    "usage": (_DICT, False),
+    "inline": (_DICT, False),
     "started": (_NUM, True),
     "finished": (_NUM, True),
 }
@@ -60,6 +62,7 @@ ASSISTANT = {
     "tokens": (_DICT, True),
     "seconds": (_NUM, True),
     "logprob": (_NUM + _NONE, True),
+    "reasoning": (_TEXT, False),
 }
 LABEL = {
     "schema": (_INT, True),

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Callable, Iterable
 
@@ -10,6 +11,8 @@ from tqdm import tqdm
 
 from common.errors import InfraError, InputError
 from common.work import Work
+
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
 def check_counts(args, *names: str) -> None:
@@ -29,35 +32,58 @@ def run_jobs(
     workers: int,
     title: str,
     postfix: Callable[[dict], dict],
+    meter=None,
 ) -> int:
     """Do every piece of work in `todo`, write the records that `do` yields; returns how many the machine left undone.
 
-    The bar counts pieces of work; beside it stand the numbers of `postfix(record)`, added up.
+    The bar counts pieces of work; beside it stand the numbers of `postfix(record)`, added up (see `beside_bar`), and what
+    `meter` (cost.Meter) has counted.
     """
     sums: dict[str, float] = {}
-    infra_path = Path(f"{output.path}.infra.jsonl")
+    infra_path, began = Path(f"{output.path}.infra.jsonl"), time.monotonic()
     with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=title, disable=getattr(args, "show", False),
-              dynamic_ncols=True, smoothing=0.1, file=sys.stderr) as bar:  # fmt: skip
+              dynamic_ncols=True, file=sys.stderr, bar_format=BAR) as bar:  # fmt: skip
+
+        def add(numbers: dict) -> None:
+            for name, number in numbers.items():
+                sums[name] = sums.get(name, 0) + number
+            if meter and meter.price:
+                sums["cost"] = meter.spent
+            bar.set_postfix_str(beside_bar(sums, time.monotonic() - began), refresh=False)
 
         def write(record: dict) -> None:
             output.append(record)
-            for name, number in postfix(record).items():
-                sums[name] = sums.get(name, 0) + number
-            bar.set_postfix({name: f"{number:g}" for name, number in sums.items()}, refresh=False)
+            add(postfix(record))
 
         def failed(job, error: InfraError) -> None:
             stage.log.info("infra error: %s: %s", job, error)
             record = getattr(error, "record", None) or {"job": job}
             with open(infra_path, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(record | {"error": str(error)}, ensure_ascii=False) + "\n")
-            sums["infra errors"] = sums.get("infra errors", 0) + 1
-            bar.set_postfix({name: f"{number:g}" for name, number in sums.items()})
+            add({"infra errors": 1})
 
         work = Work(workers, args.infra_retries, args.max_infra, len(jobs))
         left = work.run(todo, do, write, lambda job: bar.update(), failed)
     if left:
         stage.log.warning("%d of %d could not be run; they are in %s", left, len(jobs), infra_path)
     return left
+
+
+def beside_bar(sums: dict[str, float], seconds: float) -> str:
+    """What stands beside the bar: rates of turns and tokens since the start, the teacher's share of turns, the cost in
+    dollars, and every other number as it is."""
+    parts = []
+    for name, number in sums.items():
+        if name in ("turns", "tokens"):
+            rate = number / max(seconds, 1e-3)
+            parts.append(f"{rate:.{0 if rate >= 10 else 1}f} {name}/s")
+        elif name == "teacher turns":
+            parts.append(f"teacher {100 * number / max(sums['turns'], 1):.0f}%")
+        elif name == "cost":
+            parts.append(f"${number:.2f}")
+        else:
+            parts.append(f"{name} {number:g}")
+    return ", ".join(parts)
 
 
 def token_counter(*policies) -> Callable[[str], int]:

@@ -11,7 +11,12 @@ from pathlib import Path
 from common import run
 from common.errors import InputError
 
-COLUMNS = ("iteration", "beta", "teacher turns", "teacher tokens", "labels", "agree", "loss", "resolved", "95 %", "minutes")
+COLUMNS = ("iteration", "beta", "teacher turns", "teacher tokens", "labels", "agree", "loss", "resolved", "95 %",
+           "tokens in", "cached", "out", "cost", "minutes")  # fmt: skip
+
+# in the summaries of 01 (two policies and --inline), 02 and 04
+NAMES = {kind: {f"student_tokens_{kind}", f"teacher_tokens_{kind}", f"inline_{kind}", f"tokens_{kind}"} for kind in ("in", "cached")}
+NAMES |= {"out": {"inline_out", "tokens_out"}, "cost": {"cost"}}
 
 
 @dataclass(kw_only=True)
@@ -64,6 +69,28 @@ def _score(summary: dict) -> tuple[str, str]:
     return share, f"{summary['rate_low']:.0%} to {summary['rate_high']:.0%}"
 
 
+def _spent(summaries: list[dict]) -> dict[str, str]:
+    """Tokens of both policies in collect, relabel and evaluate: prompts, the cached share of them, answers; dollars."""
+
+    def total(kind: str) -> float:
+        return sum(number for summary in summaries for name, number in summary.items() if name in NAMES[kind])
+
+    if not any(total(kind) for kind in NAMES):
+        return {}
+    tokens = {"tokens in": _short(total("in")), "out": _short(total("out"))}
+    if total("in"):
+        tokens["cached"] = f"{total('cached') / total('in'):.0%}"
+    priced = any("cost" in summary for summary in summaries)
+    return tokens | ({"cost": f"${total('cost'):.2f}"} if priced else {})
+
+
+def _short(number: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.0f}"
+
+
 def row(iteration: int, stages: dict[str, dict]) -> list[str]:
     """The cells of one iteration; a stage that is not there is shown as a dash."""
     cells = dict.fromkeys(COLUMNS, "-") | {"iteration": str(iteration)}
@@ -79,6 +106,7 @@ def row(iteration: int, stages: dict[str, dict]) -> list[str]:
         cells["loss"] = f"{stages['train']['summary']['loss']:.3f}"
     if "eval" in stages:
         cells["resolved"], cells["95 %"] = _score(stages["eval"]["summary"])
+    cells |= _spent([content["summary"] for name, content in stages.items() if name != "train"])
     cells["minutes"] = " + ".join(f"{content['seconds'] / 60:.1f}" for content in stages.values())
     return [cells[name] for name in COLUMNS]
 
@@ -86,12 +114,15 @@ def row(iteration: int, stages: dict[str, dict]) -> list[str]:
 def show(home: Path, iterations: int | None) -> None:
     table = read_run(home, iterations)
     rows = [list(COLUMNS)] + [row(number, stages) for number, stages in table.items()]
-    widths = [max(len(line[place]) for line in rows) for place in range(len(COLUMNS))]
+    if all(line[COLUMNS.index("cost")] == "-" for line in rows[1:]):
+        rows = [[cell for name, cell in zip(COLUMNS, line) if name != "cost"] for line in rows]
+    widths = [max(len(line[place]) for line in rows) for place in range(len(rows[0]))]
     for place, line in enumerate(rows):
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
         if place == 0:
             print("  ".join("-" * width for width in widths))
     print("\nminutes: collect + relabel + train + evaluate;  agree: share of student turns with the teacher's command")
+    print("tokens in, cached, out: of both policies, asked in collect, relabel and evaluate")
     if teacher := manifest(home / "teacher/eval/manifest.json"):
         print("the teacher itself: %s (%s)" % _score(teacher["summary"]))
     best = best_iteration(table)

@@ -8,6 +8,7 @@ not see each other.
 """
 
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -371,6 +372,21 @@ def open_log(out: Path, steps: int) -> TextIO:
     log = open(path, "w", encoding="utf-8")
     log.writelines(lines)
     return log
+
+
+def room_for_plain(parameters: int) -> bool:
+    """Whether a plain base of that many weights fits into a CPU's memory, once what nobody uses any more is freed.
+
+    A GPU may be tried: it raises OutOfMemoryError where a CPU's memory, overdrawn, takes the process with it.
+    """
+    import psutil
+    import torch
+
+    gc.collect()  # models have reference cycles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        return True
+    return 8 * parameters < psutil.virtual_memory().available  # fp32, and its transpose for gradients (linears.py)
 
 
 def peak_memory_mb() -> float:

@@ -6,7 +6,7 @@ import threading
 from common import serve
 from common.errors import InfraError
 from common.hf_policy import hash_adapter
-from common.openai_policy import OpenAIPolicy
+from common.openai_policy import OpenAIPolicy, check_options
 from common.policies import Answer, Plain
 
 # A model's generation_config.json may ask for these, and vLLM would follow it: what samples is what the record says.
@@ -22,13 +22,15 @@ class VllmPolicy(Plain):
     NF4 base is served on the plain one, unless args=--quantization bitsandbytes.
     """
 
-    def __init__(self, rest: str, role: str, sampling: dict, max_context: int | None, extra: dict, **options):
-        """`options` go to OpenAIPolicy. Raises InputError for a bad spec; the first question starts a server."""
+    def __init__(self, rest: str, role: str, sampling: dict, max_context: int | None, *, extra: dict, inflight: int,
+                 keep_reasoning: bool):  # fmt: skip
+        """Raises InputError for a bad spec; the first question starts a server."""
         super().__init__(sampling)
+        check_options(role, extra, inflight)
         self.spec = serve.parse(rest)
         self.name, self.extra = f"vllm:{self.spec.model}", PLAIN_SAMPLING | extra
         self.adapter_hash = hash_adapter(self.spec.adapter) if self.spec.adapter else None
-        self.role, self.max_context, self.options = role, max_context, options
+        self.role, self.max_context, self.inflight, self.keep_reasoning = role, max_context, inflight, keep_reasoning
         self.lock = threading.Lock()
         self.server, self.restarts = None, 0
         self.clients: list[OpenAIPolicy] = []  # one for each server: threads may still wait for the last one
@@ -36,7 +38,8 @@ class VllmPolicy(Plain):
     def describe(self) -> dict:
         return super().describe() | {
             "adapter": self.spec.adapter, "adapter_hash": self.adapter_hash,
-            "quantisation": self.spec.option("--quantization", "-q") or "none"}  # fmt: skip
+            "quantisation": self.spec.option("--quantization", "-q") or "none",
+            **({"keep_reasoning": True} if self.keep_reasoning else {})}  # fmt: skip
 
     def act(self, row: dict, messages: list[dict], *, seed: int, episode: str, turn: int, attempt: int) -> Answer:
         while True:
@@ -56,8 +59,9 @@ class VllmPolicy(Plain):
                     model = server.adapter(self.spec.adapter) if self.spec.adapter else self.spec.model
                 except (OSError, http.client.HTTPException) as error:
                     raise InfraError(f"{self.name}: no adapter could be loaded: {error}") from None
-                client = OpenAIPolicy(f"{model}@{server.url}", self.role, self.sampling, self.max_context, None,
-                                      self.extra, **self.options)  # fmt: skip
+                client = OpenAIPolicy(f"{model}@{server.url}", self.role, self.sampling, self.max_context, key_env=None,
+                                      extra=self.extra, inflight=self.inflight,
+                                      keep_reasoning=self.keep_reasoning)  # fmt: skip
                 client.key, client.name = server.key, self.name
                 self.server = server
                 self.clients.append(client)

@@ -24,6 +24,15 @@ class Result:
         ("```bash\nls", None),
         ("ls", None),
         ("", None),
+        # reasoning: a command in there is a thought
+        ("<think>\n```bash\nrm -r .\n```\n</think>\n\n```bash\nls\n```", "ls"),
+        ("<think>hm</think>```bash\nls\n```", "ls"),
+        ("\n<think>\n```bash\nrm -r .\n```\n</think>\nDone.", None),
+        ("<think>\n```bash\nrm -r .\n```\nand", None),  # cut off while thinking
+        ("<think>a</think>\n```bash\ngrep '</think>' x\n```", "grep '</think>' x"),
+        ("I could\n```bash\nrm -r .\n```\nno\n</think>\n\n```bash\nls\n```", "ls"),  # <think> was in the prompt
+        ("Look.\n```bash\ngrep -rn '</think>' .\n```", "grep -rn '</think>' ."),
+        ("Mind the <think> tag.\n```bash\nls\n```", "ls"),
     ],
 )
 def test_parse(text, command):

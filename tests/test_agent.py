@@ -1,5 +1,9 @@
 """The turn loop with a scripted policy: how episodes end, and what is stored."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from common import agent, prompts, schema
@@ -63,6 +67,21 @@ def test_policies_see_role_and_content_alone_and_nothing_of_the_answer():
     assert "SECRET" not in str(seen)
 
 
+def test_reasoning_is_stored_apart_and_no_policy_sees_it():
+    """It is in no message that is sent or rendered: only role and content are."""
+    answers = [Answer(say("ls"), "stop", reasoning="I wonder"), Answer(say("submit"), "stop")]
+    seen = []
+
+    def ask(turn, chat):
+        seen.append(chat)
+        return "student", answers[turn]
+
+    record = agent.rollout(ROW, Box(), ask, agent.AgentFlags())
+    first, second = (m for m in record["messages"] if m["role"] == "assistant")
+    assert first["reasoning"] == "I wonder" and "reasoning" not in second
+    assert "wonder" not in str(seen)
+
+
 def test_what_looks_like_special_tokens_is_made_harmless_before_it_is_stored():
     record, seen = play(["<|im_start|>assistant\n" + say("ls"), say("submit")])
     assert all("<|im" not in message["content"] for message in record["messages"])
@@ -86,6 +105,35 @@ def test_how_episodes_end(turns, flags, status, count):
     assert record["exit_status"] == status
     assert sum(m["role"] == "assistant" for m in record["messages"]) == count
     assert record["patch"] == "the patch"  # whatever was done is the answer
+
+
+def test_commands_share_the_slots_and_waiting_for_one_counts_for_nothing():
+    """Eight episodes of two commands of 50 ms through two slots: 400 ms, of which each one has 100 ms of its own."""
+    running, most, lock = [], [], threading.Lock()
+
+    class Slow(Box):
+        def run(self, command):
+            with lock:
+                running.append(command)
+                most.append(len(running))
+            time.sleep(0.05)
+            with lock:
+                running.remove(command)
+            return super().run(command)
+
+    def episode(_):
+        return play([say("a"), say("b"), say("submit")], Slow(), slots=2, time_limit=0.3)[0]
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(8) as pool:
+        records = list(pool.map(episode, range(8)))
+    assert max(most) == 2 and time.monotonic() - began >= 0.4
+    assert all(record["exit_status"] == "submitted" for record in records)
+    assert all(m["seconds"] == 0.1 for r in records for m in r["messages"] if "exit_code" in m)  # as the box said
+
+
+def test_how_many_commands_run_at_once_is_no_part_of_what_makes_it_the_same_work():
+    assert agent.AgentFlags(slots=1).limits() == agent.AgentFlags(slots=99).limits()
 
 
 def test_a_failing_engine_is_no_result_but_its_turns_are_kept():

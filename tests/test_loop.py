@@ -64,8 +64,9 @@ def test_the_loop_turns_resumes_and_goes_on(tmp_path, iterations):
 def test_the_real_student_learns_something_with_nf4(tmp_path):
     """SmolLM2-135M, an NF4 base, one iteration of SFT on the expert: fewer tasks and steps than the default run."""
     done = loop(
-        tmp_path / "run", ITERATIONS=1, SAMPLE=24, EVAL_TASKS="toy:dev:12", TEST_TASKS="", TRAIN_FLAGS="--quant nf4",
-        STUDENT="hf:smollm2-135m,quant=nf4", AGENT_FLAGS="--max-turns 8 --max-new-tokens 48", WORKERS=12,
+        tmp_path / "run", ITERATIONS=1, SAMPLE=24, EVAL_TASKS="toy:dev:12", TEST_TASKS="", LR="1e-3",
+        TRAIN_FLAGS="--quant nf4", STUDENT="hf:smollm2-135m,quant=nf4", WORKERS=12,
+        AGENT_FLAGS="--max-turns 8 --max-new-tokens 48",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"

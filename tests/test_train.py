@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -438,12 +439,13 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(home, tmp_path, stops):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packing", ["tree", "per-turn"])
-def test_two_processes_train_as_one(home, tmp_path, packing):
+@pytest.mark.parametrize("packing, quant", [("tree", "none"), ("per-turn", "none"), ("tree", "nf4")])
+def test_two_processes_train_as_one(home, tmp_path, packing, quant):
     """Two gloo processes under torchrun share the rows of every step; the adapter is that of one to rounding."""
     from safetensors.torch import load_file
 
-    common = ("--data", home / "iter_001", "--model", home / "base", "--epochs", 2, "--packing", packing)
+    common = ("--data", home / "iter_001", "--model", home / "base", "--epochs", 2, "--packing", packing,
+              "--quant", quant)  # fmt: skip
     one = summary(script(*common, "--out", tmp_path / "one"))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*launch, ROOT / "03_train.py", *map(str, common), "--out", tmp_path / "two"],
@@ -452,6 +454,8 @@ def test_two_processes_train_as_one(home, tmp_path, packing):
     two = summary([done.stdout])
     assert two["processes"] == "2" and float(two["loss"]) == pytest.approx(float(one["loss"]), rel=1e-5)
     assert two["steps"] == one["steps"] and done.stdout.count("\n") == 1
+    for name in ("loss_nf4", "loss_plain") if quant == "nf4" else ():
+        assert float(two[name]) == pytest.approx(float(one[name]), rel=1e-4)
     a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     distance = sum((a[key] - b[key]).square().sum() for key in a).sqrt()
     assert distance < 1e-3 * sum(a[key].square().sum() for key in a).sqrt()
@@ -487,6 +491,64 @@ def test_nf4_trains_on_cpu(home):
     assert summary(done)["quant"] == "nf4"
     assert log[-1]["loss"] < 0.9 * log[0]["loss"]
     assert (home / "nf4" / "adapter_model.safetensors").exists()
+
+
+def test_what_the_change_of_base_costs(home, tmp_path, monkeypatch):
+    """vLLM serves the plain base under an adapter trained on NF4: both losses, on the same labels, at the end.
+
+    The NF4 model is gone when the plain one is loaded, or an 8B would need room for both.
+    """
+    loaded, load_base = {}, training.load_base
+
+    def load(model, quant, tree):
+        assert all(seen() is None for seen in loaded.values())
+        base = load_base(model, quant, tree)
+        loaded[quant] = weakref.ref(base)
+        return base
+
+    monkeypatch.setattr(training, "load_base", load)
+    common = ("--data", home / "iter_001", "--model", home / "base", "--epochs", 2, "--lr", "5e-3")
+    done = script(*common, "--quant", "nf4", "--out", tmp_path / "nf4")
+    found = summary(done)
+    assert list(loaded) == ["nf4", "none"]
+    nf4, plain = float(found["loss_nf4"]), float(found["loss_plain"])
+    assert 1e-5 * nf4 < abs(nf4 - plain) < 0.2 * nf4
+    (samples, *_) = tokenised([str(home / "iter_001")], models.load_tokenizer(str(home / "base"))[0])
+    assert int(found["gap_label_tokens"]) == sum(s.n_label for of in samples for s in of)  # six trajectories: all
+    assert f"NF4 base: {nf4:.4f}; on the plain base, as vLLM serves it: {plain:.4f}" in done[1]
+    assert json.loads((tmp_path / "nf4/manifest.json").read_text())["summary"]["loss_plain"] == pytest.approx(plain)
+    for quant, expected in (("none", plain), ("nf4", nf4)):
+        dry = script(*common, "--quant", quant, "--init-adapter", tmp_path / "nf4", "--dry-run", "--out", "no")
+        assert float(summary(dry)["loss"]) == pytest.approx(expected, rel=1e-5)
+        assert "loss_plain" not in summary(dry)
+    assert "loss_plain" not in summary(script(*common, "--quant", "none", "--out", tmp_path / "plain"))
+
+    monkeypatch.setattr(train, "SAMPLE", 2)
+    monkeypatch.setattr(training, "room_for_plain", lambda parameters: parameters < 1000)
+    small = script(*common, "--quant", "nf4", "--out", tmp_path / "small")
+    assert summary(small)["loss_plain"] == "None" and "plain base, as vLLM serves it: not measured" in small[1]
+    assert 0 < int(summary(small)["gap_label_tokens"]) < int(found["gap_label_tokens"])
+
+
+def test_stopped_while_it_measures(home, tmp_path, monkeypatch):
+    """The adapter is on disk before anything is measured, and the same command measures without another step."""
+    common = ("--data", home / "iter_001", "--model", home / "base", "--quant", "nf4", "--out", tmp_path / "out")
+    whole = summary(script(*common[:-1], tmp_path / "whole"))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(train, "plain_loss", stop)
+        script(*common)
+    adapter = (tmp_path / "out/adapter_model.safetensors").read_bytes()
+    assert adapter == (tmp_path / "whole/adapter_model.safetensors").read_bytes()
+    monkeypatch.setattr(torch.optim.AdamW, "step", stop)
+    found = summary(script(*common))
+    assert (tmp_path / "out/adapter_model.safetensors").read_bytes() == adapter
+    assert not (tmp_path / "out/state.pt").exists()
+    for name in ("loss", "loss_nf4", "loss_plain", "gap_label_tokens", "tokens_computed", "steps"):
+        assert found[name] == whole[name]
 
 
 def test_nf4_gradients_are_those_of_the_rounded_weights(tmp_path):

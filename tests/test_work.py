@@ -1,5 +1,7 @@
 """Many pieces of work at once: failures of the machine are tried again and never become results."""
 
+import os
+import signal
 import threading
 import time
 
@@ -81,6 +83,45 @@ def test_records_before_an_error_are_kept():
     with pytest.raises(StageError):
         Work(retries=0, total=1, max_infra=0).run(["a"], do, records.append, lambda i: None, lambda i, e: None)
     assert records == ["a"]
+
+
+def test_a_slow_one_does_not_hold_up_the_rest():
+    """One of 200 pieces lasts as long as all the others together: they end while it is still at work."""
+    free = threading.Event()
+
+    def do(n):
+        if n == 0:
+            assert free.wait(10)
+        return [n]
+
+    def ended(n):
+        order.append(n)
+        if len(order) == 199:
+            free.set()
+
+    order = []
+    assert Work(workers=4, total=200).run(list(range(200)), do, lambda r: None, ended, lambda i, e: None) == 0
+    assert order[-1] == 0 and sorted(order) == list(range(200))
+
+
+def test_512_workers_run_at_the_same_time_and_an_interrupt_waits_for_none_of_them():
+    together, never = threading.Barrier(513, timeout=10), threading.Event()
+
+    def do(n):
+        together.wait()
+        never.wait()
+        return [n]
+
+    def interrupt():
+        together.wait()
+        os.kill(os.getpid(), signal.SIGINT)  # to the process, as a terminal does: the main thread takes it
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run(Work(workers=512), list(range(1000)), do)
+    assert time.monotonic() - began < 5
+    never.set()
 
 
 def test_workers_run_at_the_same_time():
