@@ -398,7 +398,7 @@ def main(words: list[str]) -> None:
         if what == "stop":
             if guard.alive(folder):
                 stop(folder)
-                print(f"stopped {folder.name}")
+                print(f"stopped {folder.name}", file=sys.stderr)
         else:
             guard.sweep(folder)
             if guard.alive(folder):

@@ -279,8 +279,8 @@ def test_start_status_stop(program, tmp_path):
     assert len(groups(program)) == 1
     with pytest.raises(InputError, match="started without adapters"):
         ask(open_policy(f"vllm:m,adapter={adapter(tmp_path / 'a')}"))
-    assert command("stop", "vllm:other", "oracle").stdout == ""
-    assert command("stop").stdout == f"stopped {folder.name}\n"
+    assert command("stop", "vllm:other", "oracle").stderr == ""
+    assert command("stop").stderr == f"stopped {folder.name}\n"
     assert not groups(program)
     assert command("start", "vllm:m,args=--fail Kaputt").returncode == 1
     assert command().returncode == 2

@@ -185,14 +185,15 @@ def test_a_server_that_is_killed(server, adapters, tmp_path):
     assert not guard.alive(server.folder)
 
 
-def test_nothing_stays_behind_a_killed_script(adapters, tmp_path):
+def test_nothing_stays_behind_a_killed_script(tmp_path):
     """Killed while the engine comes up, which is when most users lose patience."""
-    spec = serve.parse(student(adapters[0]).removeprefix("vllm:"))
-    run = subprocess.Popen([sys.executable, ROOT / "04_eval.py", "--tasks", "toy:dev:2", "--student",
-                            student(adapters[0]), "--out", tmp_path / "eval"], stderr=subprocess.DEVNULL)  # fmt: skip
-    wait_until(lambda: "EngineCore" in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout, 60)
-    pid = first_process(spec.folder)
+    own = f"{BASE} --seed 1"  # another server than the shared one
+    folder = serve.parse(own.removeprefix("vllm:")).folder
+    run = subprocess.Popen([sys.executable, ROOT / "04_eval.py", "--tasks", "toy:dev:2", "--student", own, "--out",
+                            tmp_path / "eval"], stderr=subprocess.DEVNULL)  # fmt: skip
+    wait_until(lambda: (folder / "log").exists() and "EngineCore" in (folder / "log").read_text(), 120)
+    pid = first_process(folder)
     run.kill()
     run.wait()
-    wait_until(lambda: not guard.alive(spec.folder), 30)
+    wait_until(lambda: not guard.alive(folder), 30)
     assert not guard._members(pid)
