@@ -168,6 +168,7 @@ def test_no_state_is_asked_twice_by_any_run(tmp_path, teacher, student):
         assert same_but_cached(tmp_path / name) == same_but_cached(tmp_path / "labels.jsonl")
 
 
+@pytest.mark.slow
 def test_another_sampling_is_another_question(tmp_path, teacher, student):
     collect(tmp_path / "trajectories.jsonl", student, teacher.policy)
     relabel(tmp_path, teacher.policy, "--cache", tmp_path / "cache")
@@ -289,6 +290,7 @@ def test_max_cost_stops_and_goes_on(tmp_path, teacher, student):
     assert same_but_cached(tmp_path / "labels.jsonl") == same_but_cached(tmp_path / "whole.jsonl")
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_paid_is_counted(tmp_path, student):
     """The turns of trajectories that a kill -9 lost were paid for all the same."""
     server = Teacher(delay=0.05)
@@ -311,6 +313,7 @@ def test_what_a_killed_run_paid_is_counted(tmp_path, student):
     server.stop()
 
 
+@pytest.mark.slow
 def test_the_scored_policy_has_a_price_too(tmp_path, teacher):
     done = script("04_eval.py", "--tasks", "toy:dev:2", "--student", teacher.policy, "--max-turns", 3, "--price", "2,1,10",
                   "--out", tmp_path / "eval")  # fmt: skip

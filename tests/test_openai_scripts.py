@@ -61,6 +61,7 @@ def test_a_context_refusal_ends_the_trajectory_and_its_patch_counts(serve, tmp_p
     assert not (tmp_path / "t.jsonl.infra.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_an_outage_costs_one_try_of_one_trajectory(serve, tmp_path):
     """The second task's server is away at its second turn: five tries, an infra error; the others go on, and at the end
     it is tried again. The file is that of an undisturbed run."""
@@ -132,6 +133,7 @@ def test_each_server_gets_its_own_key_and_fields(serve, tmp_path):
         assert (record["student"]["extra"], record["teacher"]["extra"]) == ({"top_k": 5}, {"top_k": 7})
 
 
+@pytest.mark.slow
 def test_a_scored_teacher_gets_its_key_and_fields(serve, tmp_path):
     """04 scores whoever is given with --student, a teacher too."""
     server = serve(model)
