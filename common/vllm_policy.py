@@ -22,6 +22,8 @@ class VllmPolicy(Plain):
     NF4 base is served on the plain one, unless args=--quantization bitsandbytes.
     """
 
+    free = False
+
     def __init__(self, rest: str, role: str, sampling: dict, max_context: int | None, *, extra: dict, inflight: int,
                  keep_reasoning: bool):  # fmt: skip
         """Raises InputError for a bad spec; the first question starts a server."""
