@@ -427,7 +427,7 @@ def label_loss(args: Args, trajectories: list, model, processes) -> float | None
             for trajectory in bar:
                 mine = processes.share(pack(args, trajectory.samples(), attention, processes.size), attention)
                 nll += sum(accumulate(base, batch, backward=False) for batch in mine)
-    except torch.OutOfMemoryError:
+    except RuntimeError:  # out of memory, however CUDA says it
         full = True
     nll, full = processes.total([nll, float(full)])  # every process gets here, or the others would wait for ever
     return None if full else nll / count_label_tokens(trajectories)
@@ -442,7 +442,7 @@ def plain_loss(args: Args, trajectories: list, parameters: int, processes) -> fl
     longest, model = max(trajectory.longest for trajectory in trajectories), None
     plain = dataclasses.replace(args, quant="none", init_adapter=args.out, checkpointing="none")
     if training.room_for_plain(parameters):
-        with contextlib.suppress(torch.OutOfMemoryError):
+        with contextlib.suppress(RuntimeError):
             model, _ = prepare_model(plain, longest)
     missing = processes.total([float(model is None)])[0]
     return None if missing else label_loss(args, trajectories, model, processes)

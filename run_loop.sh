@@ -11,6 +11,7 @@
 # Every stage is a script that reads and writes files below runs/$RUN. Stop it at any moment and call it again.
 set -euo pipefail
 cd "$(dirname "$0")"
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || { echo "bash 4.4 or newer is needed" >&2; exit 2; }
 
 # The knobs
 PRESET=${PRESET:-laptop}                  # laptop, or what changes the defaults below: paper, paper-8b, api-teacher

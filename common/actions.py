@@ -15,7 +15,8 @@ def said(text: str) -> str:
     """
     if text.lstrip().startswith(THINK):
         return text.partition(END_THINK)[2]  # nothing, if it was cut off while thinking
-    blocks = [match.span() for match in _BLOCK.finditer(text)]
+    # A block with another one's first line in it is two: a thought's that was not closed, and what was said.
+    blocks = [match.span() for match in _BLOCK.finditer(text) if "\n```bash" not in match[0]]
     for end in re.finditer(END_THINK, text):
         if not any(start < end.start() < stop for start, stop in blocks):
             return text[end.end() :]

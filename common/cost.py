@@ -13,8 +13,9 @@ import threading
 from pathlib import Path
 
 from common.errors import InputError, StageError
+from common.policies import ContextLimit
 
-BYTES = 2  # of a message per token, at least: for what a request may cost at most; text has three or more
+AROUND = 8  # tokens around a message, at most; in it there are no more than bytes
 
 
 class Meter:
@@ -71,12 +72,12 @@ class Meter:
         """{"cost": dollars}, empty without a price."""
         return {} if self.price is None else {"cost": self.spent}
 
-    def reserve(self, size: int, max_new_tokens: int) -> float:
-        """Set aside what a request of so many bytes may cost at most, and return it.
+    def reserve(self, most_in: int, most_out: int) -> float:
+        """Set aside what a request may cost at most (tokens), and return it.
 
         Waits for others that are underway; raises StageError where even without them the limit could be passed.
         """
-        most = self.cost(size // BYTES, 0, max_new_tokens)
+        most = self.cost(most_in, 0, most_out)
         with self.change:
             while self.max_cost is not None and (self.full or self.spent + self.reserved + most > self.max_cost):
                 if self.full or not self.underway:
@@ -111,7 +112,8 @@ class _Watched:
 
     def act(self, row: dict, messages: list[dict], **where):
         sent = sum(len(m["content"].encode()) for m in messages)
-        reserved, tokens = self.meter.reserve(sent, self.policy.sampling["max_new_tokens"]), None
+        most = sent + AROUND * (len(messages) + 1)
+        reserved, tokens = self.meter.reserve(most, self.policy.sampling["max_new_tokens"]), None
         try:
             answer = self.policy.act(row, messages, **where)
             tokens = (
@@ -120,5 +122,8 @@ class _Watched:
                 answer.tokens_out if answer.tokens_out is not None else len(answer.text) // 4,
             )
             return answer
+        except ContextLimit as limit:
+            tokens = limit.tokens
+            raise
         finally:
             self.meter.settle(reserved, tokens)

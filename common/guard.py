@@ -39,8 +39,9 @@ def main(folder: Path) -> None:
         with open(folder / "log", "ab") as log:
             leader = subprocess.Popen(state["command"], cwd=state["cwd"], stdin=subprocess.DEVNULL, stdout=log,
                                       stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
-        (folder / "group").write_text(name(leader.pid))
-        with open(folder / "users") as users:
+        (folder / "group.new").write_text(name(leader.pid))
+        (folder / "group.new").rename(folder / "group")
+        with open(folder / "users", "a") as users:  # to write: NFS gives no other file an exclusive lock
             while leader.poll() is None and not (folder / "stop").exists() and (keeps(folder) or not free(users)):
                 time.sleep(0.1)
             end(folder, leader)  # with the lock held, if nobody uses it: who wants it now waits, and starts another one
@@ -69,7 +70,7 @@ def free(lock, kind: int = fcntl.LOCK_EX) -> bool:
     try:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
         return True
-    except OSError:
+    except BlockingIOError:
         return False
 
 
@@ -84,11 +85,14 @@ def alive(folder: Path) -> bool:
 
 def end(folder: Path, leader: subprocess.Popen | None = None) -> None:
     """End the process group of a server and remove what belonged to it; its log stays."""
-    pid, since, at = (folder / "group").read_text().split() if leader is None else (leader.pid, None, boot())
+    try:
+        pid, since, at = (folder / "group").read_text().split() if leader is None else (leader.pid, None, boot())
+    except (OSError, ValueError):  # somebody else has just ended it; a full disk when it was written
+        pid, since, at = 0, None, None
     for file in ("state.json", "key", "keeper", "stop"):
         (folder / file).unlink(missing_ok=True)
     # The number may belong to somebody else by now; while the group has members, no new process gets it.
-    if leader or at == boot() and born(int(pid)) in (None, since):
+    if leader or at is not None and at == boot() and born(int(pid)) in (None, since):
         for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(int(pid), number)
@@ -116,8 +120,10 @@ def _members(group: int) -> bool:
 
 def sweep(folder: Path) -> None:
     """End what a guard has left that was killed with -9."""
-    if (folder / "group").exists() and not alive(folder):
-        end(folder)
+    if (folder / "group").exists():
+        with open(folder / "alive", "a") as lock:
+            if free(lock):  # and no server starts before it is unlocked
+                end(folder)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,17 @@
 finds the answers in the cache.
 """
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from common import actions, cache, mixing, prompts
 from common.chat import harmless
-from common.errors import InfraError
+from common.errors import InfraError, StageError
 from common.policies import ContextLimit
 
 TRIES = 3
+log = logging.getLogger("swe-dagger")
 
 
 class Labeller:
@@ -22,6 +24,7 @@ class Labeller:
     def __init__(self, teacher, answers: cache.Cache, seed: int, count: Callable[[str], int]):
         self.teacher, self.answers, self.seed, self.count = teacher, answers, seed, count
         self.described = teacher.describe()
+        self.down = False  # Ahead asks no more
 
     def label(self, row: dict, prompt: str, state: list[dict], *, episode: str, turn: int, attempt: int) -> dict:
         """The teacher's action at `state` (messages of role and content), as the fields of a label record.
@@ -80,11 +83,16 @@ class Ahead:
         def label() -> None:
             if before:
                 before.result()
+            if self.labeller.down:
+                return
             try:
                 made = self.labeller.label(self.row, self.prompt, state, episode=self.episode, turn=turn,
                                            attempt=self.attempt)  # fmt: skip
-            except InfraError:
-                return  # 02_relabel.py asks again
+            except (InfraError, StageError) as error:  # a server that is down, --max-cost: no reason to lose a trajectory
+                if not self.labeller.down:
+                    self.labeller.down = True
+                    log.warning("no more labels are asked for ahead, 02_relabel.py asks for the rest: %s", error)
+                return
             for name, number in (made["tokens"] | {"seconds": made["seconds"]}).items():
                 self.asked[name] += number
             self.asked["labels"] += made["source"] == "queried"
@@ -92,6 +100,6 @@ class Ahead:
         self.last = self.pool.submit(label)
 
     def wait(self) -> None:
-        """Until all are answered. Raises what ended one of them, but InfraError."""
+        """Until all are answered. Raises InputError where the teacher can never answer."""
         if self.last:
             self.last.result()

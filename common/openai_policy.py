@@ -174,10 +174,10 @@ class OpenAIPolicy(Plain):
             elif FILTER_WORDS.search(words):
                 return Answer("", "content_filter")
             elif error.status_code in (400, 422):
-                if "logprobs" in words and self.ask_logprobs:
+                if "logprobs" in words and "logprobs" in body:  # as it was sent: others may have found it out meanwhile
                     self.ask_logprobs = False  # a server that has none: the record says null
                     return await self._ask(client, messages, seed, episode)
-                if "max_completion_tokens" in words and self.limit_name == "max_tokens":
+                if "max_completion_tokens" in words and "max_tokens" in body:
                     self.limit_name = "max_completion_tokens"  # what newer models of OpenAI want it called
                     return await self._ask(client, messages, seed, episode)
             hint = await self._hint(client, error.status_code)
@@ -207,7 +207,9 @@ class OpenAIPolicy(Plain):
             raise _Again(f"finish_reason {finish}")
         tokens_in = usage.get("prompt_tokens")
         if self.max_context and tokens_in and tokens_in > self.max_context - 1:
-            raise ContextLimit(f"{tokens_in} tokens, and --max-context is {self.max_context}")
+            limit = ContextLimit(f"{tokens_in} tokens, and --max-context is {self.max_context}")
+            limit.tokens = (tokens_in, cached or 0, usage.get("completion_tokens") or 0)
+            raise limit
         reasoning = message.get("reasoning_content") or message.get("reasoning") or None
         if reasoning and self.keep_reasoning:
             content, reasoning = rejoin(reasoning, content, finish), None

@@ -24,7 +24,9 @@ KINDS = ("hf:MODEL[,adapter=DIR][,quant=nf4|none]   openai:MODEL@URL   oracle   
 
 
 class ContextLimit(Exception):
-    """The conversation leaves no room for an answer."""
+    """The conversation leaves no room for an answer. tokens: (in, cached, out) of one that came all the same."""
+
+    tokens: tuple[int, int, int] | None = None
 
 
 @dataclass

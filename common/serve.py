@@ -220,7 +220,6 @@ def find(spec: Spec) -> Server | None:
 
 def stop(folder: Path) -> None:
     """End a server, whoever uses it; returns when its processes are gone."""
-    guard.sweep(folder)
     if guard.alive(folder):
         (folder / "stop").touch()
         _gone(folder)
@@ -329,6 +328,7 @@ def _launch(spec: Spec, keeper: str | None) -> subprocess.Popen:
         environment["CUDA_VISIBLE_DEVICES"] = spec.gpus.replace("+", ",")
     if keeper is None and (pid := os.environ.get("SWE_DAGGER_KEEPER")):
         keeper = guard.name(int(pid))
+    (folder / "keeper").unlink(missing_ok=True)  # of one that never came up
     if keeper is not None:
         (folder / "keeper").write_text(keeper)
     with open(os.open(folder / "key", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
@@ -395,13 +395,12 @@ def main(words: list[str]) -> None:
         return
     folders = [spec.folder for spec in parsed] if words[1:] else sorted(_servers().glob("*/"))
     for folder in folders:
-        if what == "stop":
-            if guard.alive(folder):
+        guard.sweep(folder)
+        if guard.alive(folder):
+            if what == "stop":
                 stop(folder)
                 print(f"stopped {folder.name}", file=sys.stderr)
-        else:
-            guard.sweep(folder)
-            if guard.alive(folder):
+            else:
                 _show(folder)
 
 

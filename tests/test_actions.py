@@ -32,6 +32,7 @@ class Result:
         ("<think>a</think>\n```bash\ngrep '</think>' x\n```", "grep '</think>' x"),
         ("I could\n```bash\nrm -r .\n```\nno\n</think>\n\n```bash\nls\n```", "ls"),  # <think> was in the prompt
         ("Look.\n```bash\ngrep -rn '</think>' .\n```", "grep -rn '</think>' ."),
+        ("Hm.\n```bash\nrm -r .\nno end\n</think>\nNow.\n```bash\npytest\n```\n", "pytest"),  # a thought's block, not closed
         ("Mind the <think> tag.\n```bash\nls\n```", "ls"),
     ],
 )

@@ -221,6 +221,15 @@ def test_inline_hides_behind_the_environment(tmp_path):
     assert ahead.asked["labels"] == 4
 
 
+def test_inline_gives_up_once_and_loses_no_trajectory(tmp_path, student):
+    """Here --max-cost ends the asking, elsewhere a server that is down: one line, not one for every turn."""
+    done = script("01_collect.py", "--tasks", "toy:train:2", "--student", student, "--mix", "student", "--teacher",
+                  "openai:m@http://127.0.0.1:9/v1", "--inline", "--cache", tmp_path / "c", "--max-turns", 4, "--price",
+                  "1000,1000,1000", "--max-cost", 0.01, "--out", tmp_path / "t.jsonl")  # fmt: skip
+    assert summary(done)["trajectories"] == "2" and summary(done)["inline_labels"] == "0"
+    assert done.stderr.count("no more labels are asked for ahead") == 1
+
+
 def test_inline_wants_a_teacher_and_a_cache(tmp_path):
     done = script("01_collect.py", "--tasks", "toy:train:1", "--student", "oracle", "--mix", "student", "--inline", "--cache",
                   tmp_path / "c", "--out", tmp_path / "t.jsonl", ok=False)  # fmt: skip
@@ -245,9 +254,9 @@ def test_bad_prices(tmp_path, price):
 
 
 def test_the_limit_is_never_passed_and_waits_for_answers_underway(tmp_path):
-    """Twenty threads; each answer costs 1, at most 3 are set aside for it. 10 dollars: 8 answers, since the ninth could
-    pass the limit; with threads that do not wait for each other it would end earlier."""
-    meter = cost.Meter(tmp_path / "t", "1000000,1000000,1000000", 10.0)
+    """Twenty threads; each answer costs 1, at most 8 + 3 are set aside for it. 20 dollars: 10 answers, since the eleventh
+    could pass the limit; with threads that do not wait for each other it would end earlier."""
+    meter = cost.Meter(tmp_path / "t", "1000000,1000000,1000000", 20.0)
     meter.open()
 
     class Paid(policies.Plain):
@@ -268,11 +277,28 @@ def test_the_limit_is_never_passed_and_waits_for_answers_underway(tmp_path):
     threads = [threading.Thread(target=ask) for _ in range(20)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
-    assert len(answered) == 8 and len(refused) == 12 and meter.spent == 8.0
-    assert "--max-cost 10: 8.0000 are spent, and the next request may cost up to 3.0000" in refused[0]
+    assert len(answered) == 10 and len(refused) == 10 and meter.spent == 10.0
+    assert "--max-cost 20: 10.0000 are spent, and the next request may cost up to 11.0000" in refused[0]
     again = cost.Meter(tmp_path / "t", "2000000,0,0", None)  # the price was wrong: the tokens stay
     again.open()
-    assert again.spent == 16.0
+    assert again.spent == 20.0
+
+
+def test_an_answer_that_is_too_long_was_paid_for(tmp_path):
+    meter = cost.Meter(tmp_path / "t", "1000000,0,0", None)
+    meter.open()
+
+    class TooLong(policies.Plain):
+        free = False
+
+        def act(self, row, messages, **where):
+            limit = policies.ContextLimit("30 tokens")
+            limit.tokens = (30, 0, 2)
+            raise limit
+
+    with pytest.raises(policies.ContextLimit):
+        meter.watch(TooLong({"max_new_tokens": 3})).act({}, [])
+    assert meter.spent == 30.0 and meter.underway == 0
 
 
 def test_max_cost_stops_and_goes_on(tmp_path, teacher, student):

@@ -305,6 +305,22 @@ def ask_at_once(policy, n: int) -> list[Answer]:
     return answers
 
 
+def test_many_find_out_at_once_that_a_server_knows_fewer_fields(serve):
+    """Eight first requests are under way when the first refusal comes: each asks again, none is lost."""
+    together = threading.Barrier(8, timeout=10)
+
+    def answer(handler):
+        if "logprobs" in handler.body:
+            together.wait()
+            return refuse(400, "logprobs are not supported by this model")
+        if "max_tokens" in handler.body:
+            return refuse(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
+        return good("hello")
+
+    _, policy = serve(answer, inflight=8)
+    assert len(ask_at_once(policy, 8)) == 8
+
+
 def test_many_threads_at_once_and_the_limit_in_flight(serve):
     def slowly(handler):
         time.sleep(0.1)

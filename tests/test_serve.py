@@ -230,7 +230,8 @@ def test_children_that_ignore_sigterm_go_too(program, monkeypatch):
     assert not guard._members(process.pid)
 
 
-def test_what_a_killed_guard_leaves_is_swept(program):
+@pytest.mark.parametrize("by", ["status", "stop"])
+def test_what_a_killed_guard_leaves_is_swept(program, by):
     running = script("vllm:m")
     running.stdout.readline()
     (folder,), (first,) = servers(), groups(program)
@@ -240,8 +241,17 @@ def test_what_a_killed_guard_leaves_is_swept(program):
     running.wait()
     wait_until(lambda: not guard.alive(folder))
     assert guard._members(first)
-    assert command("status").stdout == ""
+    assert command(by).stdout == ""
     assert not guard._members(first) and not (folder / "group").exists()
+
+
+@pytest.mark.parametrize("torn", ["", "12 3"])
+def test_a_torn_note_of_the_group_stops_nobody(program, torn):
+    folder = serve.parse("m").folder
+    folder.mkdir(parents=True)
+    (folder / "group").write_text(torn)
+    guard.sweep(folder)
+    assert not (folder / "group").exists()
 
 
 def test_a_number_that_is_somebody_elses_by_now_is_left_alone(program):
