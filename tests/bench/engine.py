@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -76,7 +77,9 @@ def theirs(plan: Plan, workers: int, home: Path, port: int, python: Path) -> lis
 
 
 def measure(plan: Plan, command, home: Path) -> dict:
-    """Run one engine against a server of its own. command(port) -> argv."""
+    """Run one engine against a server of its own. command(port) -> argv. Raises RuntimeError if it fails, or is not done
+    after five times the limit."""
+    patience = 60 + 5 * max(plan.limits().values())
     home.mkdir()
     environment = os.environ | {
         "SIMULATED": json.dumps(asdict(plan)), "PYTHONPATH": str(HERE), "MSWEA_SILENT_STARTUP": "1",
@@ -89,11 +92,15 @@ def measure(plan: Plan, command, home: Path) -> dict:
         with open(home / "log", "w") as log:
             began = time.monotonic()
             client = subprocess.Popen(argv, stdout=log, stderr=log, cwd=home, env=environment)
+            killer = threading.Timer(patience, client.kill)
+            killer.start()
             _, status, usage = os.wait4(client.pid, 0)
             ended = time.monotonic()
-        seen = json.loads(server.communicate()[0])
+            killer.cancel()
+        seen = json.loads(server.communicate()[0] or '{"first": null, "turns": 0}')  # nothing: it was killed
     if status or not seen["first"]:
-        raise SystemExit(f"{' '.join(argv)} ended with {status}:\n" + (home / "log").read_text()[-3000:])
+        print(f"{' '.join(argv)}:\n" + (home / "log").read_text()[-3000:], file=sys.stderr)
+        raise RuntimeError(f"{'killed' if status == 9 else 'ended'} after {ended - began:.0f} s and {seen['turns']} turns")
     return seen | {"wall": ended - seen["first"], "start": seen["first"] - began, "engine": usage.ru_utime + usage.ru_stime,
                    "memory": usage.ru_maxrss / 1024}  # fmt: skip
 
@@ -128,8 +135,14 @@ def main() -> None:
             limit, turns = max(plan.limits().values()), sum(map(plan.turns_of, range(plan.tasks)))
             for name, engine in engines.items():
                 home = Path(tempfile.mkdtemp(prefix="engine-bench-"))
-                got = measure(plan, lambda port: engine(plan, workers, home / "run", port), home / "run")
-                shutil.rmtree(home)
+                try:
+                    got = measure(plan, lambda port: engine(plan, workers, home / "run", port), home / "run")
+                except RuntimeError as error:
+                    print(f"| {case} | {workers} | {plan.tasks} | {turns} | {name} | {limit:.1f} | {error} |" + " |" * 6,
+                          flush=True)  # fmt: skip
+                    continue
+                finally:
+                    shutil.rmtree(home)
                 walls.append(got["wall"])
                 note = "" if (got["turns"], got["again"]) == (turns, 0) else f" (asked {got['turns']} + {got['again']} again)"
                 print(f"| {case} | {workers} | {plan.tasks} | {turns}{note} | {name} | {limit:.1f} | {got['wall']:.1f} "
