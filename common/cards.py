@@ -29,17 +29,18 @@ def title(student) -> str:
 def command(student, form: str, out: Path) -> str:
     """What to type to use an export, with the limits under which the student was evaluated."""
     if form == "trl":
-        return f"trl sft --model_name_or_path MODEL --dataset_name {shlex.quote(str(out))} --max_length {_context(student)}"
-    evaluated = student.stages[student.number].get("eval", {})
-    collected = student.stages[student.number].get("collect", {})
-    tasks = (evaluated or collected).get("settings", {}).get("tasks", "TASKS")
-    words = [".venv/bin/python", "04_eval.py", "--tasks", tasks if _has_count(tasks) else f"{tasks}:4", "--student",
-             policy(student, form, out), "--out", "try"]  # fmt: skip
-    for name, value in (evaluated or collected).get("same", {}).get("limits", {}).items():
+        model = _hub_name(student.model) or student.model
+        return shlex.join(["trl", "sft", "--model_name_or_path", model, "--dataset_name", str(out), "--max_length",
+                           str(student.settings["max_context"]), "--output_dir", "sft"])  # fmt: skip
+    shown = student.of("eval") or student.of("collect") or {"settings": {"tasks": "TASKS"}, "same": {}}
+    tasks = shown["settings"]["tasks"]
+    words = [".venv/bin/python", "04_eval.py", "--tasks", tasks if tasks.rpartition(":")[2].isdigit() else f"{tasks}:4",
+             "--student", policy(student, form, out), "--out", "try"]  # fmt: skip
+    for name, value in shown["same"].get("limits", {}).items():
         if value != getattr(AgentFlags, name, value):
-            words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [f"{value:g}" if isinstance(value, float) else str(value)])
-    if extra := (evaluated.get("same", {}).get("student") or {}).get("extra"):
-        words += ["--student-extra", json.dumps(extra)]
+            words += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
+    if kwargs := _template_kwargs(student):
+        words += ["--student-extra", json.dumps({"chat_template_kwargs": kwargs})]
     return shlex.join(words)
 
 
@@ -49,39 +50,34 @@ def policy(student, form: str, out: Path) -> str:
     return f"hf:{student.model},adapter={out}" + (",quant=nf4" if student.summary["quant"] == "nf4" else "")
 
 
-def _has_count(tasks: str) -> bool:
-    return tasks.rpartition(":")[2].isdigit()
-
-
-def _context(student) -> int:
-    return student.settings["max_context"]
-
-
 # ---------------------------------------------------------------- the model card
 
 
 def model_card(student, form: str, found: dict, out: Path) -> str:
     from huggingface_hub import ModelCardData
 
-    head = ModelCardData(base_model=_hub_name(student.model), license=_license(student.model), pipeline_tag="text-generation",
-                         library_name="peft" if form == "peft" else "transformers",
-                         tags=TAGS + (["lora"] if form == "peft" else []))  # fmt: skip
-    what = (f"A LoRA adapter for {_base(student.model)}" if form == "peft" else
-            f"{_base(student.model)} with a LoRA adapter merged into it ({found['dtype']})")  # fmt: skip
-    best = table.best_iteration(student.stages) if _scored(student) else None
+    head = ModelCardData(
+        base_model=_hub_name(student.model), license=_license(student.model), pipeline_tag="text-generation",
+        library_name="peft" if form == "peft" else "transformers", tags=TAGS + (["lora"] if form == "peft" else []),
+    )  # fmt: skip
+    what = f"A LoRA adapter for {_base(student.model)}"
+    if form == "merged":
+        what = f"{_base(student.model)} with a LoRA adapter merged into it ({found['dtype']})"
+    scored = any("eval" in of for number, of in student.stages.items() if number > 0)
     parts = [
         f"---\n{head.to_yaml()}\n---\n\n# {title(student)}",
-        f"{what}, trained with swe-dagger, an implementation of {PAPER}, to repair software by one bash command per turn.",
+        f"{what}, trained with swe-dagger, an implementation of {PAPER}, to repair software by one bash command in each turn.",
         "## How it was made",
         made(student),
         iterations(student),
-        "Beta: the teacher's share as asked for; teacher turns: the share that it really had; agree: the share of the "
+        "beta: the teacher's share of turns as asked for; teacher turns: the share that it had; agree: the share of the "
         "student's turns with the teacher's command; loss: mean per label token in the last epoch; resolved: with the "
         "95 % Wilson interval.",
         "## How it scored",
-        scores(student, best),
+        "A task is resolved if all its tests pass in a clean checkout with the student's patch. The student acts alone.",
+        scores(student, table.best_iteration(student.stages) if scored else None),
         "## What is not known",
-        limits(student, form, best),
+        limits(student, form),
         "## How to use it",
         use(student, form, out),
     ]
@@ -91,42 +87,53 @@ def model_card(student, form: str, found: dict, out: Path) -> str:
 def made(student) -> str:
     """The table of settings: of all adapters that followed each other to this one."""
     trained = [student.stages[number]["train"] for number in student.chain]
-    of = [student.stages[number]["collect"] for number in _collected(student) if "collect" in student.stages.get(number, {})]
-    first, settings, summary = (of or [{}])[0], student.settings, student.summary
-    collect = first.get("settings", {})
+    collected = [of["collect"] for number in _collected(student) if "collect" in (of := student.stages.get(number, {}))]
+    settings, config = student.settings, json.loads((student.adapter / "adapter_config.json").read_text())
     labels, steps = (sum(manifest["summary"][name] for manifest in trained) for name in ("labels", "steps"))
-    followed = " and ".join(str(number) for number in student.chain)
     rows = {
-        "base": _base(student.model),
-        "method": METHODS.get(collect.get("mix"), collect.get("mix") or UNKNOWN) + _schedule(collect),
-        "teacher": _each(manifest["same"]["teacher"] and manifest["same"]["teacher"]["model"] for manifest in of),
-        "tasks": _each(manifest["settings"]["tasks"] + (f", {manifest['settings']['sample']} in each iteration"
-                       if manifest["settings"].get("sample") else "") for manifest in of),
-        "labels": f"{labels:,} of iteration {_list(_collected(student))}" + (f"; only of trajectories that were resolved"
-                  if settings.get("keep") == "resolved" else ""),
+        "base": _base(student.model) + (", in NF4 (QLoRA)" if student.summary["quant"] == "nf4" else ", not quantised"),
+        "method": _each(map(_method, collected)),
+        "teacher": _each((manifest["same"]["teacher"] or {}).get("model") for manifest in collected),
+        "tasks": _each(_tasks(manifest["settings"]) for manifest in collected),
+        "system prompt": _each(", ".join(manifest["same"]["prompts"]) for manifest in collected),
+        "labels": f"{labels:,} of {_iterations(_collected(student))}"
+        + ("; those of resolved trajectories alone" if settings.get("keep") == "resolved" else ""),
         "loss": "cross-entropy on the tokens of each label and the token that ends the turn",
-        "optimiser": f"AdamW, {steps:,} steps" + (f" over the adapters of iterations {followed}, each going on from the last"
-                     if len(student.chain) > 1 else "") + f", {settings['epochs']} epochs of an iteration's data, "
-                     f"{settings['batch_size']} trajectories a step, peak learning rate {settings['lr']:g}",
-        "LoRA": f"rank {_adapter(student)['r']}, alpha {_adapter(student)['lora_alpha']}, on "
-                f"{', '.join(sorted(_adapter(student)['target_modules']))}",
-        "base while training": "NF4 (QLoRA)" if summary["quant"] == "nf4" else "not quantised",
-        "longest sample": f"{_context(student):,} tokens; {summary['labels_too_long']} longer labels were left out",
-        "prompt": _each(", ".join(manifest["same"]["prompts"]) for manifest in of),
+        "training": f"AdamW, {steps:,} steps, trajectories in a step: {settings['batch_size']}, epochs: "
+        f"{settings['epochs']}, peak learning rate {settings['lr']:g}",
+        "adapter": f"LoRA, rank {config['r']}, alpha {config['lora_alpha']}, on {', '.join(sorted(config['target_modules']))}",
+        "longest sample": f"{settings['max_context']:,} tokens; {student.summary['labels_too_long']} longer labels left out",
         "seed": settings["seed"],
-        "swe-dagger": _each(manifest["commit"] and manifest["commit"] + (", with uncommitted changes" if manifest["diff"] else "")
-                            for manifest in of + trained),
-        "packages": ", ".join(f"{name} {version}" for name, version in student.stages[student.number]["train"]["packages"].items()
-                              if version and name in ("torch", "transformers", "peft", "bitsandbytes")),
-    }  # fmt: skip
+        "commit of swe-dagger": _each(map(_commit, collected + trained)),
+        "packages": ", ".join(f"{name} {version}" for name, version in trained[-1]["packages"].items() if version),
+    }
+    if len(student.chain) > 1:
+        rows["training"] += f"; by turns on {_iterations(student.chain)}, each going on from the adapter before"
     if not student.whole:
-        rows["before that"] = ("it went on from an adapter that is not in the run any more; what that was trained on is "
-                               "not recorded here")  # fmt: skip
+        rows["before that"] = "it went on from an adapter that is not in the run any more; what trained that is not recorded"
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
 
 
+def _method(manifest: dict) -> str:
+    settings = manifest["settings"]
+    words = METHODS.get(settings["mix"], settings["mix"])
+    if settings["mix"] == "turn":
+        constant = settings["beta"] is not None
+        words += f" (beta by iteration: {'constant' if constant else settings['schedule'] or 'paper'}"
+        words += f" {settings['beta']:g})" if constant else ")"
+    return words + (f" (--prefix-turns {settings['prefix_turns']})" if settings["mix"] == "prefix" else "")
+
+
+def _tasks(settings: dict) -> str:
+    return f"`{settings['tasks']}`" + (f", {settings['sample']} in each iteration" if settings["sample"] else "")
+
+
+def _commit(manifest: dict) -> str | None:
+    return manifest["commit"] and manifest["commit"] + (" with uncommitted changes" if manifest["diff"] else "")
+
+
 def iterations(student) -> str:
-    names = ("iteration", "beta", "trajectories", "teacher turns", "labels", "agree", "steps", "loss", "resolved", "95 %")
+    names = ("iteration", "beta", "trajectories", "teacher turns", "labels", "agree", "steps", "loss", "resolved")
     lines = []
     for number, stages in student.stages.items():
         cells = dict.fromkeys(names, "-") | {"iteration": f"**{number}**" if number == student.number else str(number)}
@@ -139,7 +146,7 @@ def iterations(student) -> str:
         if train := stages.get("train", {}).get("summary"):
             cells |= {"labels": f"{train['labels']:,}", "steps": train["steps"], "loss": f"{train['loss']:.3f}"}
         if "eval" in stages:
-            cells["resolved"], cells["95 %"] = table._score(stages["eval"]["summary"])
+            cells["resolved"] = _rate(stages["eval"]["summary"])
         lines.append([str(cells[name]) for name in names])
     rule = ["---"] * len(names)
     return "\n".join("| " + " | ".join(line) + " |" for line in [list(names), rule, *lines])
@@ -147,64 +154,73 @@ def iterations(student) -> str:
 
 def scores(student, best: int | None) -> str:
     """The chosen iteration on the evaluation tasks and, where it was scored there, on the test split."""
-    lines = ["A task is resolved if all its tests pass, in a clean checkout with the student's patch; the student acts alone."]
-    if evaluated := student.stages[student.number].get("eval"):
+    lines = []
+    if evaluated := student.of("eval"):
         several = sum("eval" in of for number, of in student.stages.items() if number > 0) > 1
-        lines.append(_result(evaluated, student.home / f"iter_{student.number:03d}" / "eval")
-                     + ("" if not several else " (these tasks chose the iteration, so this is a little too good)"
-                        if best == student.number else f" (iteration {best} scored more)"))  # fmt: skip
+        note = "" if not several else f" (iteration {best} scored more)"
+        if several and best == student.number:
+            note = " (these tasks chose the iteration, which makes this a little too good)"
+        lines.append(f"* {_result(evaluated, student.adapter.parent / 'eval')}{note}")
     else:
-        lines.append("This iteration was not evaluated.")
+        lines.append("* This iteration was not evaluated.")
     if before := student.stages.get(0, {}).get("eval"):
-        lines.append("before training: " + _result(before, student.home / "iter_000" / "eval"))
+        lines.append(f"* before training: {_result(before, student.home / 'iter_000/eval')}")
     if teacher := table.manifest(student.home / "teacher/eval/manifest.json"):
-        lines.append("the teacher itself: " + _result(teacher, student.home / "teacher/eval"))
+        lines.append(f"* the teacher itself: {_result(teacher, student.home / 'teacher/eval')}")
     home = student.home / "test" / f"iter_{student.number:03d}"
     if tested := table.manifest(home / "manifest.json"):
-        lines.append("on tasks that chose nothing: " + _result(tested, home))
-        for name, group in tested["summary"].get("groups", {}).items():
-            if not name.startswith("family "):
-                lines.append("    %s: %s (%s)" % (name, *table._score(group)))
+        lines.append(f"* on tasks that chose nothing: {_result(tested, home)}")
+        groups = tested["summary"].get("groups", {}).items()
+        lines += [f"    * {name}: {_rate(group)}" for name, group in groups if not name.startswith("family ")]
     else:
-        lines.append("It was not scored on a test split.")
-    return lines[0] + "\n\n" + "\n".join(line if line.startswith("    ") else f"* {line}" for line in lines[1:]).replace("    ", "    * ")
+        lines.append("* It was not scored on a test split.")
+    return "\n".join(lines)
+
+
+def _rate(summary: dict) -> str:
+    """Resolved, with the 95 % Wilson interval."""
+    if summary["rate"] is None:
+        return "none could be run"
+    low, high = summary["rate_low"], summary["rate_high"]
+    return f"{summary['resolved']}/{summary['tasks']} = {summary['rate']:.0%} ({low:.0%} to {high:.0%})"
 
 
 def _result(manifest: dict, home: Path) -> str:
     """One score with all that it hangs on: tasks, grader, sampling, limits."""
-    same, summary = manifest["same"], manifest["summary"]
-    graders = {result.get("grader") for result in jsonl.read(home / "results.jsonl")} if (home / "results.jsonl").is_file() else set()
-    grader = ", ".join(sorted(filter(None, graders))) or manifest["settings"]["grader"]
-    sampling = (same.get("student") or {}).get("sampling") or {}
-    words = [f"grader `{grader}`"]
-    if "temperature" in sampling:
-        words.append("greedy" if not sampling["temperature"] else f"temperature {sampling['temperature']}, top-p {sampling['top_p']}")
+    same, summary, results = manifest["same"], manifest["summary"], home / "results.jsonl"
+    graders = {result.get("grader") for result in jsonl.read(results)} if results.is_file() else set()
+    words = [f"grader `{', '.join(sorted(filter(None, graders))) or manifest['settings']['grader']}`"]
+    if sampling := (same.get("student") or {}).get("sampling"):
+        drawn = f"temperature {sampling['temperature']:g}, top-p {sampling.get('top_p')}"
+        words.append(drawn if sampling["temperature"] else "greedy")
     if limits := same.get("limits"):
         words.append(f"at most {limits['max_turns']} turns and {limits['max_context']:,} tokens of context")
     if summary.get("infra_errors"):
         words.append(f"{summary['infra_errors']} tasks could not be run and are left out of the rate")
-    return "%s on `%s`, 95 %% %s; %s" % (table._score(summary)[0], manifest["settings"]["tasks"], table._score(summary)[1],
-                                         ", ".join(words))  # fmt: skip
+    return f"{_rate(summary)} on `{manifest['settings']['tasks']}`; {', '.join(words)}"
 
 
-def limits(student, form: str, best: int | None) -> str:
-    measured = sorted({f"`{of['eval']['settings']['tasks']}`" for of in student.stages.values() if "eval" in of}
-                      | {f"`{tested['settings']['tasks']}`" for path in student.home.glob("test/iter_*/manifest.json")
-                         if (tested := table.manifest(path))})  # fmt: skip
+def limits(student, form: str) -> str:
+    measured = {of["eval"]["settings"]["tasks"] for of in student.stages.values() if "eval" in of}
+    tests = map(table.manifest, student.home.glob("test/iter_*/manifest.json"))
+    measured |= {manifest["settings"]["tasks"] for manifest in tests if manifest}
     lines = [
-        (f"Nothing was measured but what stands above, on {' and '.join(measured)}" if measured else "Nothing was measured")
-        + ": no other repositories, languages, prompts or forms of action, and not what it has unlearnt of the base model.",
-        "The intervals are for the choice of tasks. Another seed of the training is another student, and is not in them.",
-        f"It has seen conversations of up to {_context(student):,} tokens. It knows one form of reply, a thought and one "
-        "command in a ```` ```bash ```` block, `submit` to end, under the system prompt below; anything else is untried.",
-        "Its commands are those of a language model: run them in a sandbox.",
+        f"It was measured on {' and '.join(f'`{tasks}`' for tasks in sorted(measured))} as above, and on nothing else"
+        if measured else "It was not measured on anything",
+        "Not known is how it does in other repositories, with other languages, prompts or forms of action, and what of "
+        "its base's abilities it has lost.",
+        "The intervals are for the choice of tasks; another seed of the training would be another student.",
+        f"It has seen conversations of up to {student.settings['max_context']:,} tokens, and one form of reply: a thought "
+        "and one command in a ```` ```bash ```` block; `submit` ends.",
+        "Its commands are those of a language model: run them in a sandbox, as swe-dagger does.",
     ]
+    lines[0:2] = [f"{lines[0]}. {lines[1]}"]
     if student.summary["quant"] == "nf4":
-        place = "It is merged into the plain base" if form == "merged" else "`quant=nf4` gives it that base; vLLM serves the plain one"
-        lines.append(f"It was trained on an NF4 base. {place}: {gap(student)}.")
+        where = "it is merged into the plain one" if form == "merged" else "`quant=nf4` gives it that, vLLM serves the plain one"
+        lines.append(f"It was trained on an NF4 base, and {where}: {gap(student)}.")
     if student.model == embedded.NAME:
-        lines.append("The base is a conversion of 4-bit weights (GGUF, Q4_1) of SmolLM2-135M-Instruct to plain ones, and the "
-                     "adapter was trained on that; on the original weights it is untried.")  # fmt: skip
+        lines.append("Its base is a conversion to plain weights of a 4-bit file (GGUF, Q4_1) of SmolLM2-135M-Instruct; with "
+                     "the original weights it was not tried.")  # fmt: skip
     return "\n".join(f"* {line}" for line in lines)
 
 
@@ -219,24 +235,26 @@ def gap(student) -> str:
 
 def use(student, form: str, out: Path) -> str:
     parts = ["In a checkout of swe-dagger:", f"    {command(student, form, out)}"]
-    if student.model == embedded.NAME and form == "peft":
-        parts.append("The base, `smollm2-135m`, is made on its first use out of the Python package "
-                     f"`{embedded.PACKAGE}` and kept in ~/.cache/swe-dagger; this prints where:\n\n"
-                     "    .venv/bin/python -c \"from common.embedded import model_path; print(model_path('smollm2-135m'))\"")  # fmt: skip
-    base = "what the line above prints" if student.model == embedded.NAME else student.model
-    load = (f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{out}")' if form == "peft"
-            else f'model = AutoModelForCausalLM.from_pretrained("{out}")')  # fmt: skip
-    parts.append("With transformers" + (" and PEFT" if form == "peft" else "") + ":\n\n```python\n"
-                 + ("from peft import PeftModel\n" if form == "peft" else "")
-                 + f"from transformers import AutoModelForCausalLM\n\n{load}\n```")  # fmt: skip
+    load, imports = f'AutoModelForCausalLM.from_pretrained("{out}")', ["from transformers import AutoModelForCausalLM"]
+    if form == "peft":
+        base = f'"{student.model}"'
+        if student.model == embedded.NAME:
+            parts.append(f"Its base is made on the first use out of the Python package `{embedded.PACKAGE}` and kept in "
+                         "~/.cache/swe-dagger. Code that wants it runs in a checkout of swe-dagger too:")  # fmt: skip
+            base = f'model_path("{student.model}")'
+            imports.insert(0, "from common.embedded import model_path")
+        imports.insert(-1, "from peft import PeftModel")
+        load = f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "{out}")'
+    imports = "\n".join(imports)
+    parts.append(f"```python\n{imports}\n\nmodel = {load}\n```")
     if form == "merged":
         parts.append(f"As a server: `vllm serve {shlex.quote(str(out))}`.")
-    texts = {version: text for version, text in prompts.PROMPTS.values()}
-    collected = [student.stages[n]["collect"]["same"]["prompts"] for n in _collected(student) if "collect" in student.stages.get(n, {})]
-    for version in sorted({version for versions in collected for version in versions}):
-        if version in texts:
-            parts.append(f"Its system prompt (`{version}`); the first user message is the issue, later ones are the exit "
-                         f"code and output of its commands:\n\n````\n{texts[version]}\n````")  # fmt: skip
+    collected = [of["collect"] for number in _collected(student) if "collect" in (of := student.stages.get(number, {}))]
+    used = {version for manifest in collected for version in manifest["same"]["prompts"]}
+    for version, text in prompts.PROMPTS.values():
+        if version in used:
+            parts.append(f"Its system prompt (`{version}`); the first user message is the issue, the later ones are the exit "
+                         f"code and the output of its commands:\n\n````\n{text}\n````")  # fmt: skip
     if kwargs := _template_kwargs(student):
         parts.append(f"Its chat template arguments: `{json.dumps(kwargs)}`.")
     return "\n\n".join(parts)
@@ -249,25 +267,24 @@ def data_card(student, found: dict, out: Path) -> str:
     from huggingface_hub import DatasetCardData
 
     head = DatasetCardData(tags=TAGS + ["trl"], configs=[{"config_name": "default", "data_files": "train.jsonl"}])
-    kwargs = _template_kwargs(student)
+    kwargs, context, too_long = _template_kwargs(student), student.settings["max_context"], student.summary["labels_too_long"]
+    columns = "`trajectory_id`, `turn`, `iteration`" + (
+        f"; `chat_template_kwargs`: with which the student acted, {json.dumps(kwargs)}" if kwargs else "")  # fmt: skip
+    left_out = f" ({too_long} longer labels of its last training were left out there and are in here)" if too_long else ""
     parts = [
         f"---\n{head.to_yaml()}\n---\n\n# The labels that trained {title(student)}",
-        f"{found['labels']:,} labels of iteration {_list(_collected(student))}, made with swe-dagger, an implementation of {PAPER}. "
-        "A label is what the teacher does at a state that teacher or student came to; none comes from the student.",
+        f"{found['labels']:,} labels, made with swe-dagger, an implementation of {PAPER}. A label is what the teacher does "
+        "at a state of a repair task that teacher or student came to; no label comes from the student.",
         made(student),
-        "`train.jsonl` has a line for each label: `prompt` (the conversation before that turn), `completion` (the label), "
-        "and where it is from: `trajectory_id`, `turn`, `iteration`"
-        + (f", `chat_template_kwargs` ({json.dumps(kwargs)}, with which the student acted)" if kwargs else "") + ". "
-        "A line holds its whole history, so that the file grows with the square of the number of turns.",
-        "```python\nfrom datasets import load_dataset\n\n"
-        f'labels = load_dataset("json", data_files="{out}/train.jsonl", split="train")\n```',
-        f"For TRL's SFTTrainer: it cuts samples at 1,024 tokens unless told otherwise, which takes away the labels of long "
-        f"ones. `SFTConfig(max_length={_context(student)})` is what the student was trained with"
-        + (f"; {student.summary['labels_too_long']} labels of the last training are longer and were left out there"
-           if student.summary["labels_too_long"] else "")
-        + ". The loss is on the completions alone (`completion_only_loss`, the default for this form).",
+        "`train.jsonl` has a line for each label. `prompt`: the conversation before that turn; `completion`: the label; "
+        f"where it is from: {columns}. Every line holds its whole history, so the file grows with the square of the turns.",
+        f'```python\nfrom datasets import load_dataset\n\nlabels = load_dataset("json", data_files="{out}/train.jsonl", '
+        'split="train")\n```',
+        f"For TRL's SFTTrainer: by default it cuts a sample at 1,024 tokens, which takes the label from a long one. The "
+        f"student was trained with up to {context:,}{left_out}, that is `SFTConfig(max_length={context})`. The loss is on "
+        "the completions alone, which is the default for this form of data.",
         f"    {command(student, 'trl', out)}",
-    ]  # fmt: skip
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -280,8 +297,10 @@ def _collected(student) -> list[int]:
     return [int(name) for name in names if name.isdigit()]
 
 
-def _list(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers)) or UNKNOWN
+def _iterations(numbers: list[int]) -> str:
+    if not numbers:
+        return "iterations that are not recorded"
+    return f"iteration{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
 def _each(values) -> str:
@@ -289,33 +308,16 @@ def _each(values) -> str:
     return "; ".join(dict.fromkeys(str(value) if value else UNKNOWN for value in values)) or UNKNOWN
 
 
-def _schedule(collect: dict) -> str:
-    if collect.get("mix") == "turn":
-        return f"; beta by iteration: constant:{collect['beta']:g}" if collect.get("beta") is not None else \
-            f"; beta by iteration: {collect.get('schedule') or 'paper'}"  # fmt: skip
-    return f"; --prefix-turns {collect['prefix_turns']}" if collect.get("prefix_turns") else ""
-
-
 def _template_kwargs(student) -> dict:
     for number in _collected(student):
-        of = student.stages.get(number, {}).get("collect", {}).get("same", {}).get("student") or {}
-        if kwargs := (of.get("extra") or {}).get("chat_template_kwargs"):
+        collect = student.stages.get(number, {}).get("collect", {})
+        if kwargs := ((collect.get("same", {}).get("student") or {}).get("extra") or {}).get("chat_template_kwargs"):
             return kwargs
     return {}
 
 
-def _scored(student) -> bool:
-    return any("eval" in of for number, of in student.stages.items() if number > 0)
-
-
-def _adapter(student) -> dict:
-    return json.loads((student.adapter / "adapter_config.json").read_text())
-
-
 def _base(model: str) -> str:
-    if model == embedded.NAME:
-        return "`smollm2-135m` (SmolLM2-135M-Instruct as swe-dagger converts it)"
-    return f"`{model}`"
+    return f"`{model}`" + (" (SmolLM2-135M-Instruct as swe-dagger converts it)" if model == embedded.NAME else "")
 
 
 def _hub_name(model: str) -> str | None:

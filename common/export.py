@@ -21,8 +21,10 @@ trl     train.jsonl in TRL's conversational prompt/completion form, one line for
 What TRL makes of a line is what 03_train.py trains on, with these differences: TRL renders prompt and completion with
 the model's chat template, so what the template puts behind the token that ends a turn is trained on, too (ChatML: a
 newline); a template that puts an empty think block into the last answer but not into the generation prompt (Qwen3 with
-thinking on) has it trained on; and a template that strips contents (Llama 3) strips the label. Labels that 03_train.py
-left out as longer than --max-context are in the file; SFTConfig(max_length=...) decides about them.
+thinking on) has it trained on; a template that strips contents (Llama 3) strips the label; and where a tokenizer joins
+the last characters of a prompt with the first ones of an answer, TRL sees them joined, we apart, as the student does
+when it acts. Labels that 03_train.py left out as longer than --max-context are in the file; SFTConfig(max_length=...)
+decides about them.
 
 Not here: nothing is uploaded, nothing is quantised.
 """
@@ -81,6 +83,10 @@ class Student:
     def model(self) -> str:
         return self.settings["model"]
 
+    def of(self, stage: str) -> dict | None:
+        """The manifest of a stage of this iteration, if that is finished."""
+        return self.stages[self.number].get(stage)
+
     def data(self) -> list[tuple[str, dict]]:
         """(iteration directory as 03_train.py was given it, manifest of that training), oldest first, each once."""
         found = {}
@@ -134,7 +140,7 @@ def check_adapter(adapter: Path, model: str) -> None:
     models.check_adapter(str(adapter), model)
     weights = adapter / "adapter_model.safetensors"
     try:
-        with safe_open(weights, "pt") as content:
+        with safe_open(weights, "np") as content:
             content.keys()
     except (OSError, SafetensorError) as error:
         raise InputError(f"{weights}: the adapter's weights are gone or damaged ({error}); 03_train.py --overwrite "
@@ -200,8 +206,9 @@ def write_merged(student: Student, out: Path) -> dict:
 def write_trl(student: Student, out: Path) -> dict:
     """train.jsonl: one line per label, {"prompt": [...], "completion": [{"role": "assistant", ...}], ids}."""
     if not student.whole:
-        raise InputError(f"{student.adapter}: it went on from {student.stages[student.chain[0]]['train']['settings']['init_adapter']}, "
-                         "which is no adapter of this run any more: what that was trained on is not known")
+        start = student.stages[student.chain[0]]["train"]["settings"]["init_adapter"]
+        raise InputError(f"{student.adapter}: it went on from {start}, which is no adapter of this run any more: what that "
+                         "was trained on is not known")
     sources = [source_of(student, *data) for data in student.data()]
     tokenizer, _ = models.load_tokenizer(student.model)
     specials = [token for token in special_tokens(tokenizer) if token not in THINK]  # harmless as chat.render does it
@@ -290,7 +297,10 @@ def export(home: Path, args: Args) -> None:
     half.mkdir(parents=True)
     try:
         found = WRITE[args.format](student, half)
-        card = cards.data_card(student, found, out) if args.format == "trl" else cards.model_card(student, args.format, found, out)
+        if args.format == "trl":
+            card = cards.data_card(student, found, out)
+        else:
+            card = cards.model_card(student, args.format, found, out)
         (half / "README.md").write_text(card, encoding="utf-8")
         found["bytes"] = sum(path.stat().st_size for path in half.rglob("*") if path.is_file())
         stage = run.Stage(str(out), args, same, overwrite=True)

@@ -98,13 +98,14 @@ def token_counter(*policies) -> Callable[[str], int]:
 
 
 def show_result(show, row: dict, record: dict) -> None:
-    """The end of a transcript: how it ended, and for a task with `local`, whether the patch is right."""
+    """The end of a transcript: how it ended, and for a task with `local` and tests, whether the patch is right."""
     from common import grading
 
     if not record["patch"].strip():
         return show.result(f"{record['exit_status']}, nothing changed", False)
     added = [line for line in record["patch"].splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
-    verdict = grading.grade(row, record["patch"])["resolved"] if row.get("local") else None
+    gradable = row.get("local") and (row["FAIL_TO_PASS"] or row["PASS_TO_PASS"])
+    verdict = grading.grade(row, record["patch"])["resolved"] if gradable else None
     show.result(
         "\n".join(added[:12] + ["…"] * (len(added) > 12))
         + f"\n{record['exit_status']}, {({True: 'RESOLVED', False: 'not resolved', None: 'not graded here'})[verdict]}",
