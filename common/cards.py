@@ -66,7 +66,8 @@ def model_card(student, form: str, found: dict, out: Path) -> str:
     scored = any("eval" in of for number, of in student.stages.items() if number > 0)
     parts = [
         f"---\n{head.to_yaml()}\n---\n\n# {title(student)}",
-        f"{what}, trained with swe-dagger, an implementation of {PAPER}, to repair software by one bash command in each turn.",
+        f"{what}, trained with swe-dagger, an implementation of {PAPER}, to repair software with one bash command in each "
+        "turn.",
         "## How it was made",
         made(student),
         iterations(student),
@@ -101,8 +102,9 @@ def made(student) -> str:
         "loss": "cross-entropy on the tokens of each label and the token that ends the turn",
         "training": f"AdamW, {steps:,} steps, trajectories in a step: {settings['batch_size']}, epochs: "
         f"{settings['epochs']}, peak learning rate {settings['lr']:g}",
-        "adapter": f"LoRA, rank {config['r']}, alpha {config['lora_alpha']}, on {', '.join(sorted(config['target_modules']))}",
-        "longest sample": f"{settings['max_context']:,} tokens; {student.summary['labels_too_long']} longer labels left out",
+        "adapter": f"LoRA, rank {config['r']}, alpha {config['lora_alpha']}, on "
+        + ", ".join(sorted(config["target_modules"])),
+        "longest sample": f"{settings['max_context']:,} tokens; {student.summary['labels_too_long']} longer ones left out",
         "seed": settings["seed"],
         "commit of swe-dagger": _each(map(_commit, collected + trained)),
         "packages": ", ".join(f"{name} {version}" for name, version in trained[-1]["packages"].items() if version),
@@ -110,7 +112,7 @@ def made(student) -> str:
     if len(student.chain) > 1:
         rows["training"] += f"; by turns on {_iterations(student.chain)}, each going on from the adapter before"
     if not student.whole:
-        rows["before that"] = "it went on from an adapter that is not in the run any more; what trained that is not recorded"
+        rows["before that"] = "an adapter that is not in the run any more; what it was trained on is not recorded"
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
 
 
@@ -210,17 +212,19 @@ def limits(student, form: str) -> str:
         "Not known is how it does in other repositories, with other languages, prompts or forms of action, and what of "
         "its base's abilities it has lost.",
         "The intervals are for the choice of tasks; another seed of the training would be another student.",
-        f"It has seen conversations of up to {student.settings['max_context']:,} tokens, and one form of reply: a thought "
-        "and one command in a ```` ```bash ```` block; `submit` ends.",
+        f"It has seen conversations of up to {student.settings['max_context']:,} tokens, and one form of reply: a "
+        "thought and one command in a ```` ```bash ```` block; `submit` ends.",
         "Its commands are those of a language model: run them in a sandbox, as swe-dagger does.",
     ]
     lines[0:2] = [f"{lines[0]}. {lines[1]}"]
     if student.summary["quant"] == "nf4":
-        where = "it is merged into the plain one" if form == "merged" else "`quant=nf4` gives it that, vLLM serves the plain one"
+        where = "`quant=nf4` gives it that, vLLM serves the plain one"
+        if form == "merged":
+            where = "it is merged into the plain one"
         lines.append(f"It was trained on an NF4 base, and {where}: {gap(student)}.")
     if student.model == embedded.NAME:
-        lines.append("Its base is a conversion to plain weights of a 4-bit file (GGUF, Q4_1) of SmolLM2-135M-Instruct; with "
-                     "the original weights it was not tried.")  # fmt: skip
+        lines.append("Its base is a conversion to plain weights of a 4-bit file (GGUF, Q4_1) of SmolLM2-135M-Instruct; "
+                     "with the original weights it was not tried.")  # fmt: skip
     return "\n".join(f"* {line}" for line in lines)
 
 
@@ -239,8 +243,8 @@ def use(student, form: str, out: Path) -> str:
     if form == "peft":
         base = f'"{student.model}"'
         if student.model == embedded.NAME:
-            parts.append(f"Its base is made on the first use out of the Python package `{embedded.PACKAGE}` and kept in "
-                         "~/.cache/swe-dagger. Code that wants it runs in a checkout of swe-dagger too:")  # fmt: skip
+            parts.append(f"Its base is made on the first use out of the Python package `{embedded.PACKAGE}` and kept "
+                         "in ~/.cache/swe-dagger. Code that wants it runs in a checkout of swe-dagger too:")  # fmt: skip
             base = f'model_path("{student.model}")'
             imports.insert(0, "from common.embedded import model_path")
         imports.insert(-1, "from peft import PeftModel")
@@ -253,8 +257,8 @@ def use(student, form: str, out: Path) -> str:
     used = {version for manifest in collected for version in manifest["same"]["prompts"]}
     for version, text in prompts.PROMPTS.values():
         if version in used:
-            parts.append(f"Its system prompt (`{version}`); the first user message is the issue, the later ones are the exit "
-                         f"code and the output of its commands:\n\n````\n{text}\n````")  # fmt: skip
+            parts.append(f"Its system prompt (`{version}`); the first user message is the issue, the later ones are the "
+                         f"exit code and the output of its commands:\n\n````\n{text}\n````")  # fmt: skip
     if kwargs := _template_kwargs(student):
         parts.append(f"Its chat template arguments: `{json.dumps(kwargs)}`.")
     return "\n\n".join(parts)
@@ -267,22 +271,23 @@ def data_card(student, found: dict, out: Path) -> str:
     from huggingface_hub import DatasetCardData
 
     head = DatasetCardData(tags=TAGS + ["trl"], configs=[{"config_name": "default", "data_files": "train.jsonl"}])
-    kwargs, context, too_long = _template_kwargs(student), student.settings["max_context"], student.summary["labels_too_long"]
+    kwargs, context = _template_kwargs(student), student.settings["max_context"]
+    too_long = student.summary["labels_too_long"]
     columns = "`trajectory_id`, `turn`, `iteration`" + (
         f"; `chat_template_kwargs`: with which the student acted, {json.dumps(kwargs)}" if kwargs else "")  # fmt: skip
-    left_out = f" ({too_long} longer labels of its last training were left out there and are in here)" if too_long else ""
+    left_out = f" ({too_long} longer labels were left out of its last training and are in here)" if too_long else ""
     parts = [
         f"---\n{head.to_yaml()}\n---\n\n# The labels that trained {title(student)}",
-        f"{found['labels']:,} labels, made with swe-dagger, an implementation of {PAPER}. A label is what the teacher does "
-        "at a state of a repair task that teacher or student came to; no label comes from the student.",
+        f"{found['labels']:,} labels, made with swe-dagger, an implementation of {PAPER}. A label is what the teacher "
+        "does at a state of a repair task that teacher or student came to; no label comes from the student.",
         made(student),
         "`train.jsonl` has a line for each label. `prompt`: the conversation before that turn; `completion`: the label; "
-        f"where it is from: {columns}. Every line holds its whole history, so the file grows with the square of the turns.",
-        f'```python\nfrom datasets import load_dataset\n\nlabels = load_dataset("json", data_files="{out}/train.jsonl", '
-        'split="train")\n```',
+        f"where it is from: {columns}. Every line holds its whole history: the file grows with the square of the turns.",
+        "```python\nfrom datasets import load_dataset\n\n"
+        f'labels = load_dataset("json", data_files="{out}/train.jsonl", split="train")\n```',
         f"For TRL's SFTTrainer: by default it cuts a sample at 1,024 tokens, which takes the label from a long one. The "
-        f"student was trained with up to {context:,}{left_out}, that is `SFTConfig(max_length={context})`. The loss is on "
-        "the completions alone, which is the default for this form of data.",
+        f"student was trained with up to {context:,}{left_out}, that is `SFTConfig(max_length={context})`. The loss is "
+        "on the completions alone, which is the default for this form of data.",
         f"    {command(student, 'trl', out)}",
     ]
     return "\n\n".join(parts) + "\n"

@@ -153,8 +153,8 @@ def _refuse_another_adapter(adapter: Path, evaluated: dict | None) -> None:
 
     recorded = ((evaluated or {}).get("same", {}).get("student") or {}).get("adapter_hash")
     if recorded and recorded != hash_adapter(str(adapter)):
-        raise InputError(f"{adapter}: not the adapter that was evaluated (it was trained again since); evaluate it with "
-                         f"04_eval.py --out {adapter.parent / 'eval'} --overwrite")
+        raise InputError(f"{adapter}: not the adapter that was evaluated (it was trained again since); evaluate it again: "
+                         f"04_eval.py --out {adapter.parent / 'eval'} --overwrite ...")
 
 
 def follow(home: Path, stages: dict, number: int) -> tuple[list[int], bool]:
@@ -249,7 +249,7 @@ def source_of(student: Student, path: str, manifest: dict) -> tuple[Path, set[st
 
 
 def template_kwargs(directories) -> dict:
-    """The chat template arguments with which the student acted; 03_train.py has seen to it that they are all the same."""
+    """The chat template arguments with which the student acted; 03_train.py refuses data with several kinds."""
     for directory in directories:
         for record in jsonl.read(directory / "trajectories.jsonl", "trajectory"):
             if record["student"]:

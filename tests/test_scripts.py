@@ -233,6 +233,29 @@ def test_predictions_with_unknown_or_double_ids_are_refused(tmp_path):
         assert done.returncode == 2 and message in done.stderr
 
 
+def test_a_patch_for_a_repository_of_ones_own(tmp_path):
+    """An issue and a git repository are a task; nothing is graded, and the patch applies where it came from."""
+    home = tmp_path / "mine"
+    home.mkdir()
+    (home / "a.py").write_text("x = 1\n")
+    git = ["git", "-C", home, "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *words], check=True)
+    task = {"instance_id": "mine-1", "problem_statement": "x is 2.", "local": {"source": "mine"}}
+    (tmp_path / "mine.json").write_text(json.dumps([task]))
+    (tmp_path / "turns.jsonl").write_text(json.dumps({"instance_id": "mine-1", "turns": [say("sed -i s/1/2/ a.py"),
+                                                                                         say("submit")]}))  # fmt: skip
+    done = script("01_collect.py", "--tasks", tmp_path / "mine.json", "--mix", "student", "--student",
+                  f"replay:{tmp_path / 'turns.jsonl'}", "--out", tmp_path / "t.jsonl", "--show")  # fmt: skip
+    assert "submitted, not graded here" in done.stdout and "$ sed -i s/1/2/ a.py" in done.stdout
+    (record,) = jsonl.read(tmp_path / "t.jsonl", "trajectory")
+    subprocess.run([*git, "apply"], input=record["patch"], text=True, check=True)
+    assert (home / "a.py").read_text() == "x = 2\n"
+    done = script("04_eval.py", "--tasks", tmp_path / "mine.json", "--trajectories", tmp_path / "t.jsonl", "--out",
+                  tmp_path / "eval", ok=False)  # fmt: skip
+    assert done.returncode == 2 and "name no test" in done.stderr and not (tmp_path / "eval").exists()
+
+
 @pytest.mark.slow
 def test_a_full_disk_is_exit_1_and_loses_nothing(tmp_path, student):
     """A file system of 64 KB fills up in the middle of the run; with room again the same command finishes."""
