@@ -77,7 +77,7 @@ def model_card(student, form: str, found: dict, out: Path) -> str:
         "## How it scored",
         "A task is resolved if all its tests pass in a clean checkout with the student's patch. The student acts alone.",
         scores(student, table.best_iteration(student.stages) if scored else None),
-        "## What is not known",
+        "## Limits",
         limits(student, form),
         "## How to use it",
         use(student, form, out),
@@ -94,7 +94,7 @@ def made(student) -> str:
     rows = {
         "base": _base(student.model) + (", in NF4 (QLoRA)" if student.summary["quant"] == "nf4" else ", not quantised"),
         "method": _each(map(_method, collected)),
-        "teacher": _each((manifest["same"]["teacher"] or {}).get("model") for manifest in collected),
+        "teacher": _each(map(_teacher, collected)),
         "tasks": _each(_tasks(manifest["settings"]) for manifest in collected),
         "system prompt": _each(", ".join(manifest["same"]["prompts"]) for manifest in collected),
         "labels": f"{labels:,} of {_iterations(_collected(student))}"
@@ -124,6 +124,11 @@ def _method(manifest: dict) -> str:
         words += f" (beta by iteration: {'constant' if constant else settings['schedule'] or 'paper'}"
         words += f" {settings['beta']:g})" if constant else ")"
     return words + (f" (--prefix-turns {settings['prefix_turns']})" if settings["mix"] == "prefix" else "")
+
+
+def _teacher(manifest: dict) -> str | None:
+    name = (manifest["same"]["teacher"] or {}).get("model")
+    return f"{name} (the scripted expert of the embedded tasks)" if name and name.startswith("oracle") else name
 
 
 def _tasks(settings: dict) -> str:
@@ -277,7 +282,7 @@ def data_card(student, found: dict, out: Path) -> str:
         f"; `chat_template_kwargs`: with which the student acted, {json.dumps(kwargs)}" if kwargs else "")  # fmt: skip
     left_out = f" ({too_long} longer labels were left out of its last training and are in here)" if too_long else ""
     parts = [
-        f"---\n{head.to_yaml()}\n---\n\n# The labels that trained {title(student)}",
+        f"---\n{head.to_yaml()}\n---\n\n# The labels that trained iteration {student.number} of {student.home.resolve().name}",
         f"{found['labels']:,} labels, made with swe-dagger, an implementation of {PAPER}. A label is what the teacher "
         "does at a state of a repair task that teacher or student came to; no label comes from the student.",
         made(student),

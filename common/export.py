@@ -93,7 +93,7 @@ class Student:
         for number in self.chain:
             manifest = self.stages[number]["train"]
             for path in manifest["settings"]["data"]:
-                found.setdefault(Path(path).name, (path, manifest))
+                found.setdefault(path, (path, manifest))
         return list(found.values())
 
 
@@ -235,7 +235,7 @@ def source_of(student: Student, path: str, manifest: dict) -> tuple[Path, set[st
     Raises InputError where its files are gone or are not those that it read.
     """
     inputs = manifest["same"]["inputs"]
-    for directory in (student.home / Path(path).name, Path(path)):  # the run may lie elsewhere now
+    for directory in (Path(path), student.home / Path(path).name):  # the run may lie elsewhere now
         files = [directory / name for name in ("trajectories.jsonl", "labels.jsonl")]
         if all(file.is_file() and run.hash_file(file) in inputs for file in files):
             break
@@ -317,8 +317,8 @@ def _refuse_existing(out: Path, overwrite: bool) -> None:
     if not overwrite:
         raise InputError(f"--out {out}: it is there already; --overwrite replaces it, or give another --out")
     try:
-        ours = "adapter" in json.loads(Path(f"{out}.manifest.json").read_text())["same"]
-    except (OSError, ValueError, KeyError, TypeError):
+        ours = {"run", "format"} <= json.loads(Path(f"{out}.manifest.json").read_text())["same"].keys()
+    except (OSError, ValueError, KeyError):
         ours = False
     if not ours and (not out.is_dir() or any(out.iterdir())):  # --overwrite . must not cost anybody a directory
         raise InputError(f"--out {out}: not written by this command ({out}.manifest.json does not say so), so it is not "
