@@ -23,7 +23,11 @@ UNKNOWN = "not recorded"
 
 
 def title(student) -> str:
-    return f"{student.model}, trained in {student.home.resolve().name}, iteration {student.number}"
+    return f"{student.model}, trained in {_name(student)}"
+
+
+def _name(student) -> str:
+    return f"{student.home.resolve().name}, iteration {student.number}"
 
 
 def command(student, form: str, out: Path) -> str:
@@ -66,16 +70,16 @@ def model_card(student, form: str, found: dict, out: Path) -> str:
     scored = any("eval" in of for number, of in student.stages.items() if number > 0)
     parts = [
         f"---\n{head.to_yaml()}\n---\n\n# {title(student)}",
-        f"{what}, trained with swe-dagger, an implementation of {PAPER}, to repair software with one bash command in each "
-        "turn.",
+        f"{what}, trained with swe-dagger, an implementation of {PAPER}, to repair software with one bash command in "
+        "each turn.",
         "## How it was made",
         made(student),
         iterations(student),
-        "beta: the teacher's share of turns as asked for; teacher turns: the share that it had; agree: the share of the "
-        "student's turns with the teacher's command; loss: mean per label token in the last epoch; resolved: with the "
-        "95 % Wilson interval.",
+        "beta: the teacher's share of turns as asked for; teacher turns: the share that it had; agree: the share of "
+        "the student's turns with the teacher's command; loss: mean per label token in the last epoch; resolved: with "
+        "the 95 % Wilson interval.",
         "## How it scored",
-        "A task is resolved if all its tests pass in a clean checkout with the student's patch. The student acts alone.",
+        "A task is resolved if the student, acting alone, leaves a patch with which all its tests pass.",
         scores(student, table.best_iteration(student.stages) if scored else None),
         "## Limits",
         limits(student, form),
@@ -104,7 +108,8 @@ def made(student) -> str:
         f"{settings['epochs']}, peak learning rate {settings['lr']:g}",
         "adapter": f"LoRA, rank {config['r']}, alpha {config['lora_alpha']}, on "
         + ", ".join(sorted(config["target_modules"])),
-        "longest sample": f"{settings['max_context']:,} tokens; {student.summary['labels_too_long']} longer ones left out",
+        "longest sample": f"{settings['max_context']:,} tokens; longer and left out: "
+        f"{student.summary['labels_too_long']}",
         "seed": settings["seed"],
         "commit of swe-dagger": _each(map(_commit, collected + trained)),
         "packages": ", ".join(f"{name} {version}" for name, version in trained[-1]["packages"].items() if version),
@@ -249,7 +254,7 @@ def use(student, form: str, out: Path) -> str:
         base = f'"{student.model}"'
         if student.model == embedded.NAME:
             parts.append(f"Its base is made on the first use out of the Python package `{embedded.PACKAGE}` and kept "
-                         "in ~/.cache/swe-dagger. Code that wants it runs in a checkout of swe-dagger too:")  # fmt: skip
+                         "in ~/.cache/swe-dagger. Code that wants it runs in a checkout too:")  # fmt: skip
             base = f'model_path("{student.model}")'
             imports.insert(0, "from common.embedded import model_path")
         imports.insert(-1, "from peft import PeftModel")
@@ -262,7 +267,7 @@ def use(student, form: str, out: Path) -> str:
     used = {version for manifest in collected for version in manifest["same"]["prompts"]}
     for version, text in prompts.PROMPTS.values():
         if version in used:
-            parts.append(f"Its system prompt (`{version}`); the first user message is the issue, the later ones are the "
+            parts.append(f"Its system prompt (`{version}`); the first user message is the issue, later ones are the "
                          f"exit code and the output of its commands:\n\n````\n{text}\n````")  # fmt: skip
     if kwargs := _template_kwargs(student):
         parts.append(f"Its chat template arguments: `{json.dumps(kwargs)}`.")
@@ -282,17 +287,18 @@ def data_card(student, found: dict, out: Path) -> str:
         f"; `chat_template_kwargs`: with which the student acted, {json.dumps(kwargs)}" if kwargs else "")  # fmt: skip
     left_out = f" ({too_long} longer labels were left out of its last training and are in here)" if too_long else ""
     parts = [
-        f"---\n{head.to_yaml()}\n---\n\n# The labels that trained iteration {student.number} of {student.home.resolve().name}",
+        f"---\n{head.to_yaml()}\n---\n\n# The labels of {_name(student)}",
         f"{found['labels']:,} labels, made with swe-dagger, an implementation of {PAPER}. A label is what the teacher "
         "does at a state of a repair task that teacher or student came to; no label comes from the student.",
         made(student),
-        "`train.jsonl` has a line for each label. `prompt`: the conversation before that turn; `completion`: the label; "
-        f"where it is from: {columns}. Every line holds its whole history: the file grows with the square of the turns.",
+        "`train.jsonl` has a line for each label. `prompt`: the conversation before that turn; `completion`: the "
+        f"label; where it was: {columns}. Every line holds its whole history: the file grows "
+        "with the square of the turns.",
         "```python\nfrom datasets import load_dataset\n\n"
         f'labels = load_dataset("json", data_files="{out}/train.jsonl", split="train")\n```',
-        f"For TRL's SFTTrainer: by default it cuts a sample at 1,024 tokens, which takes the label from a long one. The "
-        f"student was trained with up to {context:,}{left_out}, that is `SFTConfig(max_length={context})`. The loss is "
-        "on the completions alone, which is the default for this form of data.",
+        f"For TRL's SFTTrainer: by default it cuts a sample at 1,024 tokens, which takes the label from a long one. "
+        f"The student was trained with up to {context:,}{left_out}: `SFTConfig(max_length={context})`. The loss "
+        "is on the completions alone, which is the default for this form of data.",
         f"    {command(student, 'trl', out)}",
     ]
     return "\n\n".join(parts) + "\n"

@@ -153,7 +153,7 @@ def _refuse_another_adapter(adapter: Path, evaluated: dict | None) -> None:
 
     recorded = ((evaluated or {}).get("same", {}).get("student") or {}).get("adapter_hash")
     if recorded and recorded != hash_adapter(str(adapter)):
-        raise InputError(f"{adapter}: not the adapter that was evaluated (it was trained again since); evaluate it again: "
+        raise InputError(f"{adapter}: not the adapter that was evaluated (it was trained again since); evaluate it: "
                          f"04_eval.py --out {adapter.parent / 'eval'} --overwrite ...")
 
 
@@ -207,8 +207,8 @@ def write_trl(student: Student, out: Path) -> dict:
     """train.jsonl: one line per label, {"prompt": [...], "completion": [{"role": "assistant", ...}], ids}."""
     if not student.whole:
         start = student.stages[student.chain[0]]["train"]["settings"]["init_adapter"]
-        raise InputError(f"{student.adapter}: it went on from {start}, which is no adapter of this run any more: what that "
-                         "was trained on is not known")
+        raise InputError(f"{student.adapter}: it went on from {start}, which is no adapter of this run any more: what "
+                         "that was trained on is not known")
     sources = [source_of(student, *data) for data in student.data()]
     tokenizer, _ = models.load_tokenizer(student.model)
     specials = [token for token in special_tokens(tokenizer) if token not in THINK]  # harmless as chat.render does it
@@ -240,8 +240,8 @@ def source_of(student: Student, path: str, manifest: dict) -> tuple[Path, set[st
         if all(file.is_file() and run.hash_file(file) in inputs for file in files):
             break
     else:
-        raise InputError(f"{student.home / Path(path).name}: trajectories.jsonl and labels.jsonl are not those that the "
-                         "adapter was trained on; they are gone, or were made again since")
+        raise InputError(f"{student.home / Path(path).name}: trajectories.jsonl and labels.jsonl are not those that "
+                         "the adapter was trained on; they are gone, or were made again since")
     if manifest["settings"].get("keep", "all") == "all":
         return directory, None
     graded = jsonl.read(directory / "grades" / "results.jsonl", "result")
@@ -321,8 +321,8 @@ def _refuse_existing(out: Path, overwrite: bool) -> None:
     except (OSError, ValueError, KeyError):
         ours = False
     if not ours and (not out.is_dir() or any(out.iterdir())):  # --overwrite . must not cost anybody a directory
-        raise InputError(f"--out {out}: not written by this command ({out}.manifest.json does not say so), so it is not "
-                         "replaced; give another --out")
+        raise InputError(f"--out {out}: not written by this command ({out}.manifest.json does not say so), so it is "
+                         "not replaced; give another --out")
 
 
 def _put(half: Path, out: Path) -> None:

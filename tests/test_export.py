@@ -60,20 +60,22 @@ def make_run(home: Path, base: str, rates=(0.25, 0.5), aggregate="current", kwar
         manifest(here / "labels.jsonl.manifest.json", {}, {}, {"agree": 0.75})
         adapter(base, here / "adapter", seed=number)
         union = range(1, number + 1) if aggregate == "union" else [number]
-        data = [home / f"iter_{n:03d}" for n in union]
+        data, files = [home / f"iter_{n:03d}" for n in union], ("trajectories.jsonl", "labels.jsonl")
         before = home / f"iter_{number - 1:03d}" / "adapter" if aggregate == "current" and number > 1 else None
         manifest(here / "adapter/manifest.json",
-                 {"data": [str(path) for path in data], "model": base, "init_adapter": before and str(before), "epochs": 2,
-                  "batch_size": 1, "lr": 2e-3, "max_context": 2048, "seed": 7} | trained.get("settings", {}),
-                 {"inputs": [run.hash_file(path / f"{name}.jsonl") for path in data for name in ("trajectories", "labels")],
+                 {"data": [str(path) for path in data], "model": base, "init_adapter": before and str(before),
+                  "epochs": 2, "batch_size": 1, "lr": 2e-3, "max_context": 2048, "seed": 7}
+                 | trained.get("settings", {}),
+                 {"inputs": [run.hash_file(path / name) for path in data for name in files],
                   "init_adapter": before and run.hash_file(before / "adapter_model.safetensors")},
                  {"labels": 5 * len(data), "steps": 4, "loss": 0.125, "quant": quant, "labels_too_long": 0}
                  | trained.get("summary", {}))  # fmt: skip
-        scored = policy | {"adapter_hash": hf_policy.hash_adapter(str(here / "adapter")), "sampling": {"temperature": 0.0}}
+        digest = hf_policy.hash_adapter(str(here / "adapter"))
+        scored = policy | {"adapter_hash": digest, "sampling": {"temperature": 0.0}}
         manifest(here / "eval/manifest.json", {"tasks": "toy:dev", "grader": "auto", "student": "hf:..."},
                  {"student": scored, "limits": LIMITS},
-                 {"tasks": 80, "resolved": round(80 * rate), "rate": rate, "rate_low": rate - 0.1, "rate_high": rate + 0.1,
-                  "infra_errors": 0})  # fmt: skip
+                 {"tasks": 80, "resolved": round(80 * rate), "rate": rate, "rate_low": rate - 0.1,
+                  "rate_high": rate + 0.1, "infra_errors": 0})  # fmt: skip
     return home
 
 
@@ -141,7 +143,7 @@ def test_the_adapter_goes_out_as_it_is_with_its_facts(tmp_path, capsys):
     head = yaml.safe_load(head)
     assert head["library_name"] == "peft" and "lora" in head["tags"]
     assert "base_model" not in head and "license" not in head  # a directory of this machine means nothing on a hub
-    for fact in ("DAgger", "linear:2", "oracle", "`toy:train`, 2 in each iteration", "| labels | 10 of iterations 1, 2 |",
+    for fact in ("DAgger", "linear:2", "oracle", "`toy:train`, 2 in each iteration", "| 10 of iterations 1, 2 |",
                  "8 steps", "rank 4, alpha 8", "c0ffee", "40/80 = 50% (40% to 60%) on `toy:dev`", "chose the iteration",
                  "not scored on a test split", "Fix the bug in the repository."):  # fmt: skip
         assert fact in text, fact
@@ -170,8 +172,8 @@ def test_an_adapter_of_a_quantised_base_says_what_the_change_costs(tmp_path, cap
 # ---------------------------------------------------------------- the labels
 
 
-# template, its arguments, what it puts behind a turn, whether our tiny tokenizer joins the "\n\n" that ends a prompt with
-# what follows (the published tokenizers of these families do not)
+# template, its arguments, what it puts behind a turn, whether our tiny tokenizer joins the "\n\n" that ends a prompt
+# with what follows (the published tokenizers of these families do not)
 CASES = [("chatml", None, "\n", False), ("tools", None, "\n", False), ("llama3", None, "", True),
          ("qwen3", {"enable_thinking": False}, "\n", True)]  # fmt: skip
 
@@ -285,7 +287,8 @@ def test_what_cannot_be_handed_on(tmp_path):
     refused("no iteration .* has a trained adapter.*openai:m@http://x, whose weights", run_home=tmp_path / "served")
     refused("--iteration 5: .*has adapters of 1, 2", iteration=5)
 
-    weights, config = (home / "iter_002/adapter" / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+    here = home / "iter_002/adapter"
+    weights, config = here / "adapter_model.safetensors", here / "adapter_config.json"
     kept = weights.read_bytes()
     weights.write_bytes(kept[:1000])
     refused("gone or damaged")

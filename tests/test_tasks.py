@@ -47,7 +47,8 @@ def test_relative_paths_are_relative_to_the_file(tmp_path):
 
 def git(folder, *words):
     who = ("-c", "user.name=a", "-c", "user.email=a@b")
-    return subprocess.run(["git", "-C", folder, *who, *words], check=True, capture_output=True, text=True).stdout.strip()
+    done = subprocess.run(["git", "-C", folder, *who, *words], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def test_a_row_that_wants_a_patch_names_no_tests(tmp_path):
