@@ -522,7 +522,7 @@ def test_what_the_change_of_base_costs(home, tmp_path, monkeypatch):
         assert "loss_plain" not in summary(dry)
     assert "loss_plain" not in summary(script(*common, "--quant", "none", "--out", tmp_path / "plain"))
 
-    monkeypatch.setattr(train, "SAMPLE", 2)
+    common = (*common, "--measure", 2)
     monkeypatch.setattr(training, "room_for_plain", lambda parameters: parameters < 1000)
     small = script(*common, "--quant", "nf4", "--out", tmp_path / "small")
     assert summary(small)["loss_plain"] == "None" and "plain base, as vLLM serves it: not measured" in small[1]

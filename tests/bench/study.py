@@ -1,0 +1,147 @@
+"""The study's results, one line of study.jsonl per (arm, seed), and its tables. tests/bench/study.sh makes the runs.
+
+    python tests/bench/study.py tables
+
+What was decided before the first result was there, and is what `tables` prints:
+
+* The outcome is the share of the 300 tasks of toy:study that the chosen checkpoint resolves, greedy, alone.
+* The first question: dagger - sft, at the same number of labels and optimiser steps, over seeds 0 to 4. Its answer is the
+  mean difference with two 95 % intervals, the hierarchical bootstrap over seeds and tasks and the t-interval over the
+  per-seed differences; the wider one counts. "DAgger is ahead" is said only if that one is clear of zero. The aim was 10
+  points.
+* Second questions, each with the same two intervals and without a claim of their own (they are many): every other arm
+  against sft (seeds 0 to 2), dagger against sft-tasks (the match by tasks, seeds 0 to 4), and dagger - sft by kind of task
+  (direct, follow, traced, double; families in train and not in train).
+* Mechanism: how the unresolved tasks ended (failure modes); of the tasks whose first test run after the first edit failed
+  ("erred"), how many were resolved after all ("recovered"), for tasks with one bug and with two apart (there, a failing
+  test after the first edit is no error); and -log p per token of the expert's actions at the states that the student
+  brings about itself and at those of the expert, on toy:dev:40, after each iteration. Their difference is the shift.
+* Expected, from a first measurement on other tasks: dagger ahead where the way back is missing from the demonstrations
+  and easier than the first try (tasks with one bug), behind or equal where demonstrations hold it (two bugs: `double`).
+* No seed, arm or task is left out. A run is repeated only if the machine failed, from where it stopped.
+"""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+RESULTS = Path(__file__).with_name("study.jsonl")
+TASKS = 300
+
+from common import jsonl, mixing, table  # noqa: E402
+
+
+def read() -> list[dict]:
+    """The finished (arm, seed) lines."""
+    return list(jsonl.read(RESULTS)) if RESULTS.exists() else []
+
+
+def place(instance_id: str) -> int:
+    """toy-study-0007 -> 6."""
+    return int(instance_id.rpartition("-")[2]) - 1
+
+
+def match_tasks(runs: Path, seed: int) -> str:
+    """MAX_LABELS of sft-tasks: in each iteration the labels of as many trajectories as dagger had labels from.
+
+    02_relabel.py takes trajectories in an order drawn from the seed. Those of sft are the ones that sft-tasks collects
+    too, since the expert does the same on the same tasks.
+    """
+    numbers = []
+    for iteration in (1, 2, 3):
+        home = f"iter_{iteration:03d}"
+        labels = jsonl.read(runs / f"dagger-{seed}" / home / "labels.jsonl")
+        wanted = len({label["trajectory_id"] for label in labels})
+        turns = {record["trajectory_id"]: sum(m["role"] == "assistant" for m in record["messages"])
+                 for record in jsonl.read(runs / f"sft-{seed}" / home / "trajectories.jsonl")}  # fmt: skip
+        order = sorted(turns, key=lambda name: mixing.derive("max-labels", seed, name))
+        numbers.append(min(400, sum(turns[name] for name in order[:wanted])))
+    return ",".join(map(str, numbers))
+
+
+def erred(messages: list[dict]) -> bool:
+    """Did the first test run after the first edit fail?"""
+    edited = False
+    for said, seen in zip(messages[2::2], messages[3::2]):
+        command = said["command"] or ""
+        if edited and command.startswith(("pytest", "python -m pytest")):
+            return seen["exit_code"] != 0
+        edited = edited or command.startswith("sed -i")
+    return False
+
+
+def mean_nll(home: Path) -> dict:
+    """-log p per token of the labels in `home`, and their number."""
+    lines = list(jsonl.read(home / "label_nll.jsonl"))
+    tokens = sum(line["tokens"] for line in lines)
+    return {"labels": len(lines), "nll": round(sum(line["before"] * line["tokens"] for line in lines) / tokens, 5)}
+
+
+def line(run: Path, arm: str, seed: int) -> dict:
+    """Everything that `tables` needs of one finished run."""
+    stages = table.read_run(run, 3)
+    chosen = table.best_iteration(stages)
+    test = run / f"test/iter_{chosen:03d}"
+    results = {place(result["instance_id"]): result for result in jsonl.read(test / "results.jsonl")}
+    if sorted(results) != list(range(TASKS)):
+        raise SystemExit(f"{test}: {len(results)} of {TASKS} tasks have a result")
+    rollouts = {place(record["instance_id"]): record for record in jsonl.read(test / "trajectories.jsonl")}
+    failures: dict[str, list[int]] = {}
+    for number in range(TASKS):
+        if results[number]["failure_mode"]:
+            failures.setdefault(results[number]["failure_mode"], []).append(number)
+    iterations = []
+    for i in (1, 2, 3):
+        home, found = run / f"iter_{i:03d}", stages[i]
+        labels = list(jsonl.read(home / "labels.jsonl"))
+        log = [step for step in jsonl.read(home / "adapter/training_log.jsonl") if step["epoch"] == 1]
+        agrees = [label["agrees"] for label in labels if label["agrees"] is not None]
+        iterations.append({
+            "labels": found["train"]["summary"]["labels"],
+            "label_tokens": sum(step["label_tokens"] for step in log),
+            "steps": found["train"]["summary"]["steps"],
+            "tasks": len({label["trajectory_id"] for label in labels}),
+            "teacher_turns": round(found["collect"]["summary"]["teacher_turn_share"], 3),
+            "agree": round(sum(agrees) / len(agrees), 3) if agrees else None,
+            "loss": round(found["train"]["summary"]["loss"], 5),
+            "dev": found["eval"]["summary"]["resolved"],
+            "at_states_of_student": mean_nll(home / "at_states_of_student"),
+            "at_states_of_teacher": mean_nll(home / "at_states_of_teacher"),
+        })  # fmt: skip
+    manifests = [json.loads(path.read_text()) for path in run.rglob("*manifest.json")]
+    return {
+        "arm": arm,
+        "seed": seed,
+        "chosen": chosen,
+        "resolved": "".join(str(int(results[number]["resolved"])) for number in range(TASKS)),
+        "failures": failures,
+        "erred": [number for number in range(TASKS) if erred(rollouts[number]["messages"])],
+        "turns": sum(result["turns"] for result in results.values()),
+        "iterations": iterations,
+        "minutes": round(sum(manifest.get("seconds", 0) for manifest in manifests) / 60),
+        "commit": stages[chosen]["train"]["commit"],
+    }
+
+
+def main() -> None:
+    command, *rest = sys.argv[1:]
+    if command == "has":
+        sys.exit(0 if any((found["arm"], found["seed"]) == (rest[0], int(rest[1])) for found in read()) else 1)
+    elif command == "match-tasks":
+        print(match_tasks(Path(rest[0]), int(rest[1])))
+    elif command == "line":
+        made = json.dumps(line(Path(rest[0]), rest[1], int(rest[2])))
+        with open(RESULTS, "a", encoding="utf-8") as stream:
+            stream.write(made + "\n")
+        print(made[:200])
+    elif command == "tables":
+        print(Counter(found["arm"] for found in read()))
+    else:
+        raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    main()
