@@ -23,7 +23,6 @@ What was decided before the first result was there, and is what `tables` prints:
 
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -31,7 +30,8 @@ sys.path.insert(0, str(ROOT))
 RESULTS = Path(__file__).with_name("study.jsonl")
 TASKS = 300
 
-from common import jsonl, mixing, table  # noqa: E402
+from common import jsonl, mixing, table, toy_tasks  # noqa: E402
+from common.intervals import combine_seeds  # noqa: E402
 
 
 def read() -> list[dict]:
@@ -126,6 +126,110 @@ def line(run: Path, arm: str, seed: int) -> dict:
     }
 
 
+# ---------------------------------------------------------------- the tables
+
+
+ARMS = ("sft", "dagger", "dagger-paper", "aggrevate", "rft", "sft-tasks")
+ONE_BUG = ("direct", "follow", "traced")
+
+
+def groups() -> dict[str, list[int]]:
+    """Sets of study tasks that are compared apart."""
+    rows = toy_tasks.load("study")
+    found = {kind: [i for i, row in enumerate(rows) if row["kind"] == kind] for kind in toy_tasks.KINDS}
+    for name, unseen in (("families in train", False), ("families not in train", True)):
+        found[name] = [i for i, row in enumerate(rows) if row["unseen_family"] == unseen]
+    return found
+
+
+def outcomes(found: dict, tasks: list[int]) -> dict[str, bool]:
+    return {str(number): found["resolved"][number] == "1" for number in tasks}
+
+
+def compare(lines: dict, a: str, b: str, tasks: list[int]) -> list[str] | None:
+    """Cells: seeds, rates of both arms, their difference b - a with both intervals; None without a common seed."""
+    seeds = [seed for arm, seed in sorted(lines) if arm == a and (b, seed) in lines]
+    if not seeds:
+        return None
+    pairs = [(outcomes(lines[a, seed], tasks), outcomes(lines[b, seed], tasks)) for seed in seeds]
+    whole = combine_seeds(pairs)
+    means = [sum(sum(pair[side].values()) for pair in pairs) / len(seeds) / len(tasks) for side in (0, 1)]
+    t = "-" if whole["t_low"] is None else f"{100 * whole['t_low']:+.1f} to {100 * whole['t_high']:+.1f}"
+    each = " ".join(f"{100 * difference:+.1f}" for difference in whole["differences"])
+    return [str(len(seeds)), f"{means[0]:.1%}", f"{means[1]:.1%}", f"{100 * whole['difference']:+.1f}",
+            f"{100 * whole['low']:+.1f} to {100 * whole['high']:+.1f}", t, each]  # fmt: skip
+
+
+def print_table(title: str, heads: list[str], rows: list[list[str]]) -> None:
+    """As Markdown."""
+    print(f"\n{title}\n\n| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+
+
+def mean(numbers) -> float:
+    numbers = list(numbers)
+    return sum(numbers) / len(numbers)
+
+
+def tables() -> None:
+    lines = {(found["arm"], found["seed"]): found for found in read()}
+    if not lines:
+        raise SystemExit(f"{RESULTS}: no results yet; tests/bench/study.sh makes them")
+    by_arm = {arm: [lines[key] for key in sorted(lines) if key[0] == arm] for arm in ARMS}
+    by_arm = {arm: found for arm, found in by_arm.items() if found}
+    every, apart = list(range(TASKS)), groups()
+    one_bug = set().union(*(apart[kind] for kind in ONE_BUG))
+
+    rows = []
+    for arm, found in by_arm.items():
+        rates = [one["resolved"].count("1") / TASKS for one in found]
+        seen, unseen = (mean(mean(one["resolved"][i] == "1" for i in apart[f"families {name} train"]) for one in found)
+                        for name in ("in", "not in"))  # fmt: skip
+        total = {name: mean(sum(part[name] for part in one["iterations"]) for one in found)
+                 for name in ("labels", "label_tokens", "steps", "tasks")}  # fmt: skip
+        rows.append([arm, str(len(found)), f"{mean(rates):.1%}", " ".join(f"{rate:.0%}" for rate in rates), f"{seen:.1%}",
+                     f"{unseen:.1%}", *(f"{number:,.0f}" for number in total.values()),
+                     " ".join(str(one["chosen"]) for one in found)])  # fmt: skip
+    print_table(f"toy:study, {TASKS} tasks, resolved by the checkpoint that was best on toy:dev:40",
+                ["arm", "seeds", "resolved", "each", "families in train", "not in train", "labels", "label tokens", "steps",
+                 "tasks", "chosen iteration"], rows)  # fmt: skip
+
+    pairs = [("sft", "dagger"), *(("sft", arm) for arm in ("dagger-paper", "aggrevate", "rft")), ("sft-tasks", "dagger")]
+    heads = ["seeds", "rate of the first", "of the second", "points", "95 %, bootstrap", "95 %, t", "each seed"]
+    found = [(f"{b} - {a}", compare(lines, a, b, every)) for a, b in pairs]
+    print_table("Differences on the same tasks", ["", *heads], [[name, *cells] for name, cells in found if cells])
+    found = [(f"{name} ({len(tasks)})", compare(lines, "sft", "dagger", tasks)) for name, tasks in apart.items()]
+    print_table("dagger - sft by kind of task", ["tasks", *heads], [[name, *cells] for name, cells in found if cells])
+
+    modes = sorted({mode for found in lines.values() for mode in found["failures"]})
+    print_table("How unresolved tasks ended (mean number of tasks per run)", ["arm", *modes],
+                [[arm, *(f"{mean(len(one['failures'].get(mode, [])) for one in found):.1f}" for mode in modes)]
+                 for arm, found in by_arm.items()])  # fmt: skip
+    rows = []
+    for arm, found in by_arm.items():
+        cells = [arm]
+        for inside in (True, False):
+            wrong = [[i for i in one["erred"] if (i in one_bug) == inside] for one in found]
+            back = [sum(one["resolved"][i] == "1" for i in of) for one, of in zip(found, wrong)]
+            cells += [f"{mean(map(len, wrong)):.1f}", f"{mean(back):.1f}", f"{sum(back) / max(1, sum(map(len, wrong))):.0%}"]
+        rows.append(cells)
+    print_table("First test run after the first edit failed, and resolved after all (mean number of tasks per run)",
+                ["arm", "one bug: erred", "recovered", "share", "two bugs: failed", "recovered", "share"], rows)  # fmt: skip
+    rows = []
+    for arm, found in by_arm.items():
+        for i in range(3):
+            student, teacher = (mean(one["iterations"][i][f"at_states_of_{who}"]["nll"] for one in found)
+                                for who in ("student", "teacher"))  # fmt: skip
+            share = mean(one["iterations"][i]["teacher_turns"] for one in found)
+            dev = mean(one["iterations"][i]["dev"] for one in found)
+            rows.append([arm, str(i + 1), f"{share:.2f}", f"{student:.3f}", f"{teacher:.3f}", f"{student - teacher:.3f}",
+                         f"{dev:.1f}/40"])  # fmt: skip
+    print_table("-log p per token of the expert's actions on toy:dev:40, at the states of the student's own episodes and of "
+                "the expert's", ["arm", "iteration", "teacher turns", "student's states", "expert's states", "shift",
+                                 "resolved"], rows)  # fmt: skip
+
+
 def main() -> None:
     command, *rest = sys.argv[1:]
     if command == "has":
@@ -138,7 +242,7 @@ def main() -> None:
             stream.write(made + "\n")
         print(made[:200])
     elif command == "tables":
-        print(Counter(found["arm"] for found in read()))
+        tables()
     else:
         raise SystemExit(__doc__)
 
