@@ -12,7 +12,7 @@ What was decided before the first result was there, and is what `tables` prints:
 * Second questions, each with the same two intervals and without a claim of their own (they are many): every other arm
   against sft (seeds 0 to 2), dagger against sft-tasks (the match by tasks, seeds 0 to 4), and dagger - sft by kind of task
   (direct, follow, traced, double; families in train and not in train).
-* Mechanism: how the unresolved tasks ended (failure modes); of the tasks whose first test run after the first edit failed
+* Mechanism: how the unresolved tasks ended and what is wrong with their patches (failure modes); of the tasks whose first test run after the first edit failed
   ("erred"), how many were resolved after all ("recovered"), for tasks with one bug and with two apart (there, a failing
   test after the first edit is no error); and -log p per token of the expert's actions at the states that the student
   brings about itself and at those of the expert, on toy:dev:40, after each iteration. Their difference is the shift.
@@ -30,7 +30,8 @@ sys.path.insert(0, str(ROOT))
 RESULTS = Path(__file__).with_name("study.jsonl")
 TASKS = 300
 
-from common import jsonl, mixing, table, toy_tasks  # noqa: E402
+from common import grading, jsonl, mixing, table, toy_tasks  # noqa: E402
+from common.failures import FAILURE_MODES, failure_mode  # noqa: E402
 from common.intervals import combine_seeds  # noqa: E402
 
 
@@ -73,6 +74,12 @@ def erred(messages: list[dict]) -> bool:
     return False
 
 
+def patch_mode(test: Path, row: dict, patch: str) -> str | None:
+    """What is wrong with the patch, however the episode ended (most of those that fail end at the turn limit)."""
+    end, log = grading.read_log(test / "logs" / f"{row['instance_id']}.txt", row, "local", patch)
+    return failure_mode(row, None, patch, grading.regrade(row, end, log))
+
+
 def mean_nll(home: Path) -> dict:
     """-log p per token of the labels in `home`, and their number."""
     lines = list(jsonl.read(home / "label_nll.jsonl"))
@@ -90,9 +97,11 @@ def line(run: Path, arm: str, seed: int) -> dict:
         raise SystemExit(f"{test}: {len(results)} of {TASKS} tasks have a result")
     rollouts = {place(record["instance_id"]): record for record in jsonl.read(test / "trajectories.jsonl")}
     failures: dict[str, list[int]] = {}
-    for number in range(TASKS):
+    patches: dict[str, list[int]] = {}
+    for number, row in enumerate(toy_tasks.load("study")):
         if results[number]["failure_mode"]:
             failures.setdefault(results[number]["failure_mode"], []).append(number)
+            patches.setdefault(patch_mode(test, row, rollouts[number]["patch"]), []).append(number)
     iterations = []
     for i in (1, 2, 3):
         home, found = run / f"iter_{i:03d}", stages[i]
@@ -118,6 +127,7 @@ def line(run: Path, arm: str, seed: int) -> dict:
         "chosen": chosen,
         "resolved": "".join(str(int(results[number]["resolved"])) for number in range(TASKS)),
         "failures": failures,
+        "patches": patches,
         "erred": [number for number in range(TASKS) if erred(rollouts[number]["messages"])],
         "turns": sum(result["turns"] for result in results.values()),
         "iterations": iterations,
@@ -202,10 +212,11 @@ def tables() -> None:
     found = [(f"{name} ({len(tasks)})", compare(lines, "sft", "dagger", tasks)) for name, tasks in apart.items()]
     print_table("dagger - sft by kind of task", ["tasks", *heads], [[name, *cells] for name, cells in found if cells])
 
-    modes = sorted({mode for found in lines.values() for mode in found["failures"]})
-    print_table("How unresolved tasks ended (mean number of tasks per run)", ["arm", *modes],
-                [[arm, *(f"{mean(len(one['failures'].get(mode, [])) for one in found):.1f}" for mode in modes)]
-                 for arm, found in by_arm.items()])  # fmt: skip
+    for name, title in (("failures", "How unresolved tasks ended"), ("patches", "What is wrong with their patches")):
+        modes = [mode for mode in FAILURE_MODES if any(mode in found[name] for found in lines.values())]
+        print_table(f"{title} (mean number of tasks per run)", ["arm", *modes],
+                    [[arm, *(f"{mean(len(one[name].get(mode, [])) for one in found):.1f}" for mode in modes)]
+                     for arm, found in by_arm.items()])  # fmt: skip
     rows = []
     for arm, found in by_arm.items():
         cells = [arm]
