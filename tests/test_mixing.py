@@ -1,5 +1,9 @@
 """Who acts: schedules, and coins that depend on nothing but their place."""
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
 
 from common import mixing
@@ -67,3 +71,19 @@ def test_prefixes_are_uniform_and_grow():
 def test_unknown_prefixes_are_refused(text):
     with pytest.raises(InputError, match="START:GROWTH"):
         mixing.longest_prefix(text, 1)
+
+
+def test_the_readmes_first_change_is_true():
+    """The two lines that the README adds to beta_at, put where it says, give what its test line says."""
+    root = Path(__file__).resolve().parent.parent
+    readme, source = (root / "README.md").read_text(), (root / "common/mixing.py").read_text()
+    change = re.search(r'(    if name == "step".*\n.*\n)', readme)[1]
+    betas = ast.literal_eval(re.search(r'\("step:2", (\[.*\])\),', readme)[1])
+    last = "    raise InputError(f\"schedule"
+    assert source.count(last) == 1 and "SCHEDULES = " in source and source.rstrip().endswith(source[source.index(last) :].rstrip())
+    space: dict = {}
+    exec(source.replace(last, change + last), space)
+    assert [space["beta_at"]("step:2", i) for i in (1, 2, 3, 4)] == betas
+    assert space["beta_at"]("linear:2", 2) == 0.5
+    with pytest.raises(InputError, match="step:x"):
+        space["beta_at"]("step:x", 1)
