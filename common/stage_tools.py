@@ -9,6 +9,7 @@ from typing import Callable, Iterable
 
 from tqdm import tqdm
 
+from common import jsonl
 from common.errors import InfraError, InputError
 from common.work import Work
 
@@ -95,6 +96,25 @@ def token_counter(*policies) -> Callable[[str], int]:
         if policy.count("a") is not None:
             return policy.count
     return lambda text: math.ceil(len(text.encode()) / 4)
+
+
+def resolved(directory: str | Path, trajectory_ids: Iterable[str]) -> set[str]:
+    """The ids of the trajectories in `directory` that resolved their task, as graded into its `grades`.
+
+    Raises InputError where the trajectories are not graded, or others were.
+    """
+    home, ids = Path(directory), set(trajectory_ids)
+    path = home / "grades/results.jsonl"
+    how = f"04_eval.py --tasks TASKS --trajectories {home}/trajectories.jsonl --out {home}/grades makes it"
+    if not path.is_file():
+        raise InputError(f"{path} is missing: {how}")
+    found, graded = set(), set()
+    for result in jsonl.read(path, "result"):
+        graded.add(result["trajectory_id"])
+        found |= {result["trajectory_id"]} if result["resolved"] else set()
+    if not ids & graded:
+        raise InputError(f"{path} has no result for any trajectory of {home}: {how}")
+    return found & ids
 
 
 def show_result(show, row: dict, record: dict) -> None:
