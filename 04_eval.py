@@ -221,7 +221,7 @@ def grade_all(args: Args, stage, output, rows: dict, graders: dict, given: list[
         else:
             verdict = grading.grade(row, patch, timeout=args.test_timeout or TEST_TIMEOUT)
         grading.save_log(Path(args.out) / "logs" / f"{name}.txt", row, grader, patch, verdict)
-        return [result(record, verdict, grader, time.time() - started)]
+        return [result(row, record, verdict, grader, time.time() - started)]
 
     todo = [key for key in by_key if key not in output]
     workers = min(args.workers, os.cpu_count() or 1)  # tests are work for a core, not a wait
@@ -258,7 +258,7 @@ def regrade(args: Args, rows: dict[str, dict], graders: dict[str, str]) -> None:
             verdict = official.regrade(row, patch, end, log)
         else:
             verdict = grading.regrade(row, end, log)
-        results.append(result(by_key[key], verdict, grader, old["seconds"]))
+        results.append(result(row, by_key[key], verdict, grader, old["seconds"]))
     summary = measure(rows, results, infra_errors=stage.manifest["summary"]["infra_errors"])
     summary |= {name: then for name, then in stage.manifest["summary"].items() if name == "cost"}
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in results]
@@ -277,8 +277,10 @@ def log_name(args: Args, key: tuple) -> str:
     return key[1] if args.trajectories else key[0]
 
 
-def result(record: dict, verdict: dict, grader: str, seconds: float) -> dict:
+def result(row: dict, record: dict, verdict: dict, grader: str, seconds: float) -> dict:
     """One line of results.jsonl. seconds: of grading; a trajectory's own are taken where there is one."""
+    from common.metrics import failure_mode
+
     turns = [m for m in record.get("messages", []) if m["role"] == "assistant"]
     tokens = {kind: sum(m["tokens"][kind] or 0 for m in turns) for kind in TOKENS}
     return {
@@ -288,7 +290,7 @@ def result(record: dict, verdict: dict, grader: str, seconds: float) -> dict:
         "resolved": verdict["resolved"],
         "tests_status": verdict["tests_status"],
         "exit_status": record.get("exit_status"),
-        "failure_mode": failure_mode(record.get("exit_status"), patch_of(record), verdict),
+        "failure_mode": failure_mode(row, record, patch_of(record), verdict),
         "turns": len(turns) if "messages" in record else None,
         "tokens": tokens if "messages" in record else None,
         "seconds": round(record["finished"] - record["started"] if "started" in record else seconds, 3),
@@ -298,30 +300,12 @@ def result(record: dict, verdict: dict, grader: str, seconds: float) -> dict:
     }
 
 
-def failure_mode(exit_status: str | None, patch: str, verdict: dict) -> str | None:
-    """Why a task is not resolved; None if it is.
-
-    no_patch: nothing was changed. patch_not_applied: the patch does not apply to a clean checkout. turn_limit, ...:
-    the episode did not end by submitting. tests_failed: it was submitted, and a test fails.
-    """
-    if verdict["resolved"]:
-        return None
-    if not patch.strip():
-        return "no_patch"
-    if not verdict["patch_applied"]:
-        return "patch_not_applied"
-    if exit_status not in (None, "submitted"):
-        return exit_status
-    return "tests_failed"
-
-
 def measure(rows: dict[str, dict], results: list[dict], infra_errors: int) -> dict:
     """Resolved with its interval; by family and by whether the family is in the training split; how episodes ended."""
-    from common.metrics import rate
+    from common.metrics import FAILURE_MODES, rate
 
-    def counted(field: str, prefix: str = "") -> dict:
-        values = [result[field] for result in results if result[field] is not None]
-        return {prefix + value: values.count(value) for value in sorted(set(values))}
+    ends = [result["exit_status"] for result in results if result["exit_status"] is not None]
+    modes = [result["failure_mode"] for result in results]
 
     groups: dict[str, list[bool]] = {}
     for result in results:
@@ -346,8 +330,8 @@ def measure(rows: dict[str, dict], results: list[dict], infra_errors: int) -> di
         "tampered": sum(result["tampered"] for result in results),
         "turns": sum(result["turns"] or 0 for result in results),
         **{f"tokens_{kind}": sum((result["tokens"] or {}).get(kind, 0) for result in results) for kind in TOKENS},
-        **counted("exit_status", "exit_"),
-        "failure_modes": counted("failure_mode"),
+        **{f"exit_{end}": ends.count(end) for end in sorted(set(ends))},
+        "failure_modes": {mode: modes.count(mode) for mode in FAILURE_MODES if mode in modes},
         "groups": {
             name: {"tasks": len(group), "resolved": sum(group), **rate(sum(group), len(group))}
             for name, group in sorted(groups.items())

@@ -19,6 +19,7 @@ patch's own, as with SWE-bench.
 All this is done on file lists in git's object store (common/checkout.py); no code of the patch runs before the tests.
 """
 
+import ast
 import hmac
 import json
 import os
@@ -32,6 +33,7 @@ from pathlib import Path
 from common import run
 from common.checkout import Checkout, PatchError
 from common.errors import InputError
+from common.failures import UNPARSED
 from common.repository import Files
 from common.sandbox import LocalSandbox
 
@@ -69,6 +71,7 @@ def grade(row: dict, patch: str, *, timeout: float = 600.0) -> dict:
         listed = {name.split("::")[0] for names in tests.values() for name in names if "::" in name}
         files, tampered = put_back(row, checkout, patched, tested, touched | (listed & tested.keys()))
         log = ["patch applied"] + [f"put back: {path}" for path in tampered]
+        log += [f"{UNPARSED}{path}" for path in unparsed(checkout, files)]
         checkout.write(files)
         outcomes = run_tests(sandbox, tests, files, sorted(touched), timeout, log)
     return _result(tests, outcomes, bool(tampered), True, log)
@@ -225,6 +228,20 @@ def put_back(row: dict, checkout: Checkout, patched: Files, tested: Files,
         files.pop(path, None)
     files |= {path: tested[path] for path in restored if path in tested}
     return files, sorted(tampered)
+
+
+def unparsed(checkout: Checkout, files: Files) -> list[str]:
+    """The Python files that could be parsed at the base and no longer can."""
+    def parses(blob: str) -> bool:
+        try:
+            ast.parse(checkout.blob(blob))
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # the latter two: nested too deep
+            return False
+        return True
+
+    changed = [path for path, entry in sorted(files.items()) if path.endswith(".py") and entry[0].startswith("100")
+               and checkout.base.get(path, entry) != entry]
+    return [path for path in changed if not parses(files[path][1]) and parses(checkout.base[path][1])]
 
 
 def steers(path: str, roots: set[str], base: Files) -> bool:

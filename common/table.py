@@ -14,6 +14,14 @@ from common.errors import InputError
 COLUMNS = ("iteration", "beta", "teacher turns", "teacher tokens", "labels", "agree", "loss", "resolved", "95 %",
            "tokens in", "cached", "out", "cost", "minutes")  # fmt: skip
 
+# stage -> its manifest in an iteration's directory
+STAGES = {
+    "collect": "trajectories.jsonl.manifest.json",
+    "relabel": "labels.jsonl.manifest.json",
+    "train": "adapter/manifest.json",
+    "eval": "eval/manifest.json",
+}
+
 # in the summaries of 01 (two policies and --inline), 02 and 04
 NAMES = {kind: {f"student_tokens_{kind}", f"teacher_tokens_{kind}", f"inline_{kind}", f"tokens_{kind}"} for kind in ("in", "cached")}
 NAMES |= {"out": {"inline_out", "tokens_out"}, "cost": {"cost"}}
@@ -37,17 +45,11 @@ def manifest(path: Path) -> dict | None:
 
 def read_run(home: Path, iterations: int | None) -> dict[int, dict[str, dict]]:
     """iteration -> stage -> manifest, for the stages that are finished."""
-    stages = {
-        "collect": "trajectories.jsonl.manifest.json",
-        "relabel": "labels.jsonl.manifest.json",
-        "train": "adapter/manifest.json",
-        "eval": "eval/manifest.json",
-    }
     table = {}
     for path in sorted(home.glob("iter_[0-9][0-9][0-9]")):
         number = int(path.name.removeprefix("iter_"))
         if iterations is None or number <= iterations:
-            found = {name: manifest(path / file) for name, file in stages.items()}
+            found = {name: manifest(path / file) for name, file in STAGES.items()}
             table[number] = {name: content for name, content in found.items() if content}
     if not any(table.values()):
         raise InputError(f"{home}: no finished stage in there; run_loop.sh makes one with RUN={home.name}")

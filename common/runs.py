@@ -1,0 +1,336 @@
+"""What a run directory holds, as numbers: a summary of each iteration, the settings that make its arm.
+
+Everything comes from finished stages: their manifests, results.jsonl, labels.jsonl, adapter/label_nll.jsonl. Runs of
+older code can be read; what they did not record is None. The recorded failure modes are taken as they are: after a change
+of their definitions, `04_eval.py --regrade` works them out again from the logs.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common import jsonl, run, table
+from common.errors import InputError
+
+TOKENS = ("in", "cached", "out")
+
+# setting -> the stage whose manifest has it. What makes an arm, and with `seed`, `aggregate` and `code` a run.
+SETTINGS = {
+    **dict.fromkeys(("mix", "schedule", "beta", "prefix_turns", "teacher", "student", "tasks", "sample", "attempts", "limit",
+                     "temperature", "top_p", "max_turns", "max_context", "max_tokens", "max_new_tokens"), "collect"),
+    **dict.fromkeys(("max_labels", "label_states"), "relabel"),
+    **dict.fromkeys(("keep", "epochs", "steps_per_epoch", "max_steps", "lr", "warmup", "batch_size", "loss_norm", "packing",
+                     "quant", "lora_rank", "lora_alpha", "clip"), "train"),
+}  # fmt: skip
+DEFAULTS = {"keep": "all", "label_states": "all"}  # what code without these knobs did
+OF_MIX = {"schedule": "turn", "beta": "turn", "prefix_turns": "prefix"}  # settings that mean something with one --mix alone
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One run directory, read. An iteration that is missing between others is None."""
+
+    home: Path
+    name: str
+    seed: int | None
+    settings: dict
+    iterations: dict[int, dict | None]
+    """number -> what summarise() gives"""
+    best: int | None = None
+    """the iteration that resolved most on the evaluation tasks (common.table.best_iteration)"""
+    test: dict[int, dict] = field(default_factory=dict)
+    """number -> the scores of that iteration's student on the test tasks, like "eval" of summarise()"""
+    teacher: dict | None = None
+    """the teacher's own scores on the evaluation tasks"""
+
+
+def read(home: str | Path) -> Run:
+    """The run in a directory. Raises InputError for a directory that is no run, or an empty one."""
+    home = Path(home)
+    if not home.is_dir():
+        raise InputError(f"{home}: no such directory; RUN={home.name} ./run_loop.sh makes a run")
+    stages = table.read_run(home, None)
+    scored = any("eval" in found for number, found in stages.items() if number > 0)
+    settings, seed = _settings(stages)
+    return Run(
+        home=home, name=home.resolve().name, seed=seed, settings=settings,
+        iterations={number: summarise(_iteration(home, number)) if number in stages else None
+                    for number in range(min(stages), max(stages) + 1)},
+        best=table.best_iteration(stages) if scored else None,
+        test={int(path.parent.name.removeprefix("iter_")): _scores(found)
+              for path in sorted(home.glob("test/iter_*/manifest.json")) if (found := table.manifest(path))},
+        teacher=_scores(table.manifest(home / "teacher/eval/manifest.json")),
+    )  # fmt: skip
+
+
+def write_summaries(home: str | Path) -> Run:
+    """Read a run and write iter_NNN/summary.json of each of its iterations."""
+    found = read(home)
+    for number, summary in found.iterations.items():
+        if summary is not None:
+            path = _iteration(found.home, number) / "summary.json"
+            jsonl.write_atomically(path, json.dumps(summary, indent=1) + "\n")
+    return found
+
+
+def summarise(directory: str | Path) -> dict:
+    """One iteration, ready for JSON. Each part is None where its stage is not finished.
+
+    collect: the summary of 01 (trajectories, turns, teacher_turn_share, teacher_token_share, ...), mix, seconds.
+    labels: the summary of 02 (states, executed, queried, cached, invalid, agree, ...), labels (the valid ones), tasks
+        (that have one), per_task, label_tokens, seconds.
+    train: the summary of 03 (labels, loss, steps, ...). labels are those of all the iterations that it trained on.
+    eval: the summary of 04 (tasks, resolved, rate with its interval, failure_modes, groups, ...), on, seconds.
+    shift: common.metrics.shift of shift_rows; None without labels.
+    cost: tokens (in, cached, out) of the teacher (acting and labelling), of the student (acting) and of evaluating it;
+        dollars, None without a price; seconds of each stage. Numbers that were not recorded are None.
+    """
+    directory = Path(directory)
+    found = {name: table.manifest(directory / file) for name, file in table.STAGES.items()}
+    collect, labels, train = (
+        found[name] and {"seconds": found[name]["seconds"]} | found[name]["summary"] for name in ("collect", "relabel", "train")
+    )
+    scores = _scores(found["eval"])
+    rows = None
+    if collect:
+        collect |= {"mix": found["collect"]["settings"]["mix"]}
+    if labels:
+        valid = [label for label in jsonl.read(directory / "labels.jsonl", "label") if label["valid"]]
+        tasks = len({label["instance_id"] for label in valid})
+        labels |= {
+            "labels": len(valid),
+            "tasks": tasks,
+            "per_task": len(valid) / tasks if tasks else None,
+            "label_tokens": sum(label["tokens"]["out"] or 0 for label in valid),
+        }
+        rows = shift_rows(directory)
+    return {
+        "collect": collect,
+        "labels": labels,
+        "train": train,
+        "eval": scores,
+        "shift": None if rows is None else shift(rows),
+        "cost": _cost({"collect": collect, "labels": labels, "train": train, "eval": scores}),
+    }
+
+
+def outcomes(directory: str | Path) -> dict[str, bool]:
+    """instance_id -> resolved, of a finished evaluation. Raises InputError where a task has several results."""
+    found: dict[str, bool] = {}
+    path = Path(directory) / "results.jsonl"
+    for result in jsonl.read(path, "result"):
+        if result["instance_id"] in found:
+            raise InputError(f"{path}: {result['instance_id']!r} has several results: these are of attempts, not of tasks")
+        found[result["instance_id"]] = result["resolved"]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Covariate shift
+
+def shift_rows(directory: str | Path) -> list[dict] | None:
+    """One row for each label of an iteration: turn, student_turns (of the student, in the history before this turn),
+    agrees (labels.jsonl), tokens, before and after (adapter/label_nll.jsonl; None where a label was not measured).
+
+    None where there are no labels or trajectories.
+    """
+    directory = Path(directory)
+    measured = {}
+    if (path := directory / "adapter/label_nll.jsonl").exists():
+        measured = {(row["trajectory_id"], row["turn"]): row for row in jsonl.read(path)}
+    if not all((directory / name).exists() for name in ("labels.jsonl", "trajectories.jsonl")):
+        return None
+    before: dict[tuple[str, int], int] = {}  # (trajectory, turn) -> turns of the student before it
+    for record in jsonl.read(directory / "trajectories.jsonl"):
+        count = 0
+        for message in record["messages"]:
+            if message["role"] == "assistant":
+                before[record["trajectory_id"], message["turn"]] = count
+                count += message["actor"] == "student"
+    rows = []
+    for label in jsonl.read(directory / "labels.jsonl", "label"):
+        key = label["trajectory_id"], label["turn"]
+        if key not in before:
+            raise InputError(f"{directory / 'labels.jsonl'}: {key[0]!r} has no turn {key[1]} in trajectories.jsonl: "
+                             "label these trajectories again (02_relabel.py)")
+        row = measured.get(key, {})
+        rows.append({"turn": key[1], "student_turns": before[key], "agrees": label["agrees"]}
+                    | {name: row.get(name) for name in ("tokens", "before", "after")})
+    return rows
+
+
+def shift(rows: list[dict]) -> list[dict]:
+    """How well the student does what the teacher would do, where the teacher alone made the history and elsewhere.
+
+    rows: of shift_rows. Returns, for history "teacher" (no turn of the student before this one; turn 0 is always of this
+    kind) and "student" (at least one), the sum over all turns (turn None) and each turn:
+    labels, tokens: how many were measured.
+    before, after: the student's mean negative log-likelihood per label token (nats), before and after training on them.
+        All tokens weigh the same, as in the loss of 03 (--loss-norm token); None where nothing was measured.
+    compared, agree: the student's own turns, and the share of them at which the teacher's command is the same (equal
+        text; a label without a valid command does not agree), None without one. Of all labels, not of the measured ones.
+    If the student does worse where it made the history, that is the covariate shift that DAgger is about. Deeper turns
+    are other turns (there one edits and submits): compare histories at the same turn.
+    """
+    lines = []
+    for history in ("teacher", "student"):
+        here = [row for row in rows if (row["student_turns"] > 0) == (history == "student")]
+        for turn in (None, *sorted({row["turn"] for row in here})):
+            group = [row for row in here if turn is None or row["turn"] == turn]
+            seen = [row for row in group if row["tokens"] is not None]
+            compared = [row["agrees"] for row in group if row["agrees"] is not None]
+            if group:
+                lines.append({
+                    "history": history,
+                    "turn": turn,
+                    "labels": len(seen),
+                    "tokens": sum(row["tokens"] for row in seen),
+                    "before": _per_token(seen, "before"),
+                    "after": _per_token(seen, "after"),
+                    "compared": len(compared),
+                    "agree": sum(compared) / len(compared) if compared else None,
+                })  # fmt: skip
+    return lines
+
+
+def _per_token(rows: list[dict], when: str) -> float | None:
+    known = [row for row in rows if row[when] is not None]
+    tokens = sum(row["tokens"] for row in known)
+    return sum(row[when] * row["tokens"] for row in known) / tokens if tokens else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arms
+
+def arm_names(runs: list[Run]) -> list[str]:
+    """A short name for the arm of each run; runs that differ in their seed alone have the same.
+
+    Where two arms would be named alike, the settings in which they differ are added; where even these are equal and so
+    are the seeds, the commit (with a mark for uncommitted changes); and at last the name of the directory.
+    """
+    names = [_arm_name(found.settings) for found in runs]
+    settings = [{name: _value(found, name) for name in (*SETTINGS, "aggregate")} for found in runs]
+    names = [name + "".join(f", {key.replace('_', ' ')} {mine[key]}" for key in mine if mine[key] is not None and any(
+        other == name and theirs[key] != mine[key] for other, theirs in zip(names, settings)))
+        for name, mine in zip(names, settings)]  # fmt: skip
+    for words in ([found.settings.get("code") for found in runs], [found.name for found in runs]):
+        arms = list(zip(names, (found.seed for found in runs)))
+        unclear = {name for name, seed in arms if arms.count((name, seed)) > 1}
+        unclear = {name for name in unclear if len({word for other, word in zip(names, words) if other == name}) > 1}
+        names = [f"{name} ({word})" if name in unclear else name for name, word in zip(names, words)]
+    return names
+
+
+def check_comparable(runs: list[Run]) -> None:
+    """Raises InputError that names the first difference between these runs' evaluations, with both values.
+
+    The tasks and their contents, who graded and for how long, the prompts, the agent's limits and the student's sampling
+    must be equal; on the evaluation tasks in all iterations, and on the test tasks.
+    """
+    for pattern in ("iter_[0-9][0-9][0-9]/eval", "test/iter_*"):
+        places = [place for found in runs for place in sorted(found.home.glob(pattern))]
+        evaluations = [(place, content) for place in places if (content := table.manifest(place / "manifest.json"))]
+        for place, content in evaluations[1:]:
+            first, reference = evaluations[0]
+            then, now = _conditions(reference), _conditions(content)
+            for name in dict.fromkeys((*then, *now)):
+                if then.get(name) != now.get(name):
+                    raise InputError(
+                        f"these runs cannot be compared: {name} is {then.get(name)} in {first} and {now.get(name)} in "
+                        f"{place}; evaluate both alike (04_eval.py), or look at one run at a time"
+                    )
+
+
+def _conditions(manifest: dict) -> dict:
+    """What has to be equal for two evaluations to be comparable."""
+    same, settings = manifest["same"], manifest["settings"]
+    flat = {
+        "tasks": f"{settings['tasks']} (contents {same['tasks']})",
+        "grader": same["grader"],
+        "swebench": same.get("swebench"),
+        "test_timeout": same.get("test_timeout"),
+        "prompts": same.get("prompts"),
+    }
+    flat |= {f"limit {name}": value for name, value in (same.get("limits") or {}).items()}
+    student = same.get("student") or {}
+    return flat | {f"sampling {name}": value for name, value in (student.get("sampling") or {}).items()}
+
+
+def _arm_name(settings: dict) -> str:
+    beta = settings.get("beta")
+    schedule = settings.get("schedule") or ("paper" if beta is None else f"beta {beta:g}")
+    names = {"turn": f"DAgger {schedule}", "prefix": f"AggreVaTe {settings.get('prefix_turns')}", "teacher": "SFT",
+             "student": "on-policy", None: "not collected"}  # fmt: skip
+    name = names.get(settings.get("mix"), str(settings.get("mix")))
+    return name + (", resolved only" if settings.get("keep") == "resolved" else "")
+
+
+def _value(found: Run, name: str):
+    value = found.settings.get(name)
+    return DEFAULTS.get(name) if value is None else value
+
+
+def _settings(stages: dict[int, dict[str, dict]]) -> tuple[dict, int | None]:
+    """The settings that make a run's arm, each from the first iteration that has its stage; and the seed."""
+    first = {}
+    for found in stages.values():
+        for name, content in found.items():
+            first.setdefault(name, content)
+    of = {name: content["settings"] for name, content in first.items()}
+    settings = {name: of.get(stage, {}).get(name) for name, stage in SETTINGS.items()}
+    settings |= {name: None for name, mix in OF_MIX.items() if settings["mix"] != mix}
+    student = of.get("eval", {}).get("student") or settings["student"]
+    settings["student"] = student and re.sub(r",adapter=[^,]*", "", student)
+    settings["aggregate"] = _aggregation({number: found["train"] for number, found in stages.items() if "train" in found})
+    seeds = [content["seed"] for content in of.values() if content.get("seed") is not None]
+    made = first.get("collect") or next(iter(first.values()))
+    commit, diff = made.get("commit"), made.get("diff")
+    settings["code"] = commit and f"{commit[:9]}" + (f" with changes {run.hash_json(diff)[:4]}" if diff else "")
+    return settings, seeds[0] if seeds else None
+
+
+def _aggregation(trained: dict[int, dict]) -> str | None:
+    """union, window:K or current, from the last iteration that was trained; None before the second, where all are one."""
+    if not trained or max(trained) < 2:
+        return None
+    settings = trained[max(trained)]["settings"]
+    if settings.get("init_adapter"):
+        return "current"
+    return "union" if len(settings["data"]) >= max(trained) else f"window:{len(settings['data'])}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces of a summary
+
+def _iteration(home: Path, number: int) -> Path:
+    return home / f"iter_{number:03d}"
+
+
+def _scores(manifest: dict | None) -> dict | None:
+    """The summary of an evaluation, and the tasks that it is on."""
+    return manifest and {"on": manifest["settings"]["tasks"], "seconds": manifest["seconds"]} | manifest["summary"]
+
+
+def _cost(summary: dict[str, dict | None]) -> dict | None:
+    """See summarise."""
+    if not any(summary.values()):
+        return None
+
+    def total(*parts: tuple[str, str]) -> dict[str, int | None]:
+        tokens = {}
+        for kind in TOKENS:
+            numbers = [summary[stage].get(name + kind) for stage, name in parts if summary[stage]]
+            tokens[kind] = sum(numbers) if numbers and None not in numbers else None
+        return tokens
+
+    if summary["collect"]:  # with --inline alone
+        summary = summary | {"collect": {f"inline_{kind}": 0 for kind in TOKENS} | summary["collect"]}
+    priced = [found["cost"] for found in summary.values() if found and "cost" in found]
+    return {
+        "teacher": total(("collect", "teacher_tokens_"), ("collect", "inline_"), ("labels", "tokens_")),
+        "student": total(("collect", "student_tokens_")),
+        "eval": total(("eval", "tokens_")),
+        "dollars": sum(priced) if priced else None,
+        "seconds": {name: found and found["seconds"] for name, found in summary.items()},
+    }
