@@ -361,7 +361,7 @@ function groupTable() {
 function pairedTables() {
   if (!data.pairs.length) return null;
   const points = (value) => `${value > 0 ? "+" : value < 0 ? "\u2212" : ""}${Math.abs(100 * value).toFixed(1)}`;
-  const rows = data.pairs.map((pair) => [visible(pair.name), make("td", { className: "text", textContent: pair.tasks }), whole(pair.n), `${pair.only_b} / ${pair.only_a}`, points(pair.difference), `${points(pair.low)} to ${points(pair.high)}`, known(pair.p) ? pair.p.toPrecision(2) : "\u2013"]);
+  const rows = data.pairs.map((pair) => [visible(pair.name), make("td", { className: "text", textContent: pair.tasks }), whole(pair.n), known(pair.only_b) ? `${pair.only_b} / ${pair.only_a}` : "", points(pair.difference), `${points(pair.low)} to ${points(pair.high)}`, known(pair.p) ? String(Number(pair.p.toPrecision(2))) : ""]);
   return [make("h3", { textContent: "Paired comparisons" }), table(["compared", "on", "pairs", "only the first / only the second resolved", "points", "95 %", "p"], rows, { textColumns: 2 }), data.pair_notes.map((text) => paragraph(text, "small"))];
 }
 
@@ -473,7 +473,7 @@ const COSTS = [["tokens", "tokens of both policies, prompts and answers", short]
 
 function showCost() {
   const panels = COSTS.map(costPanel).filter(known);
-  fill("cost", paragraph("What was spent up to and including an iteration: collecting, relabelling, training and evaluating. The numbers at the points are iterations."),
+  fill("cost", paragraph("What it took to make the student of each iteration, all before it included: collecting, relabelling and training, but not evaluating. The numbers at the points are iterations."),
     panels.length ? make("div", { className: "panels" }, panels) : paragraph("Nothing is spent and evaluated yet.", "note"), panels.length ? costTable() : null);
 }
 

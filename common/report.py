@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import re
+import statistics
 import sys
 import tempfile
 import time
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
 
-from common import jsonl, metrics, run, schema
+from common import failures, jsonl, metrics, run, schema
 from common.errors import InputError
 
 CHUNK = 2_000_000  # bytes of JSON; the page unpacks this much to show one trajectory
@@ -304,3 +305,197 @@ def write_page(out: Path, data: dict, spool) -> int:
     finally:
         half.unlink(missing_ok=True)
     return size
+
+
+# ---------------------------------------------------------------- the numbers
+
+
+def describe_runs(runs: list[metrics.Run]) -> dict:
+    """All that the page shows but the trajectories. `arm` of a run is a place in `arms`."""
+    arms = list(dict.fromkeys(metrics.arm_names(runs)))
+    arm_of = [arms.index(name) for name in metrics.arm_names(runs)]
+    described = [describe_run(found, arm, name) for found, arm, name in zip(runs, arm_of, page_names(runs))]
+    pairs, notes = comparisons(arms, [[found for found, mine in zip(runs, arm_of) if mine == arm] for arm in range(len(arms))])
+    return {
+        "title": title(arms, described),
+        "lead": lead(arms, described),
+        "arms": arms,
+        "runs": described,
+        "means": [means([one for one in described if one["arm"] == arm]) for arm in range(len(arms))],
+        "pairs": pairs,
+        "pair_notes": notes,
+        "modes": failure_modes(),
+    }
+
+
+def page_names(runs: list[metrics.Run]) -> list[str]:
+    """The names of the directories; where two are alike, their paths."""
+    names = [found.name for found in runs]
+    return [name if names.count(name) == 1 else str(found.home) for found, name in zip(runs, names)]
+
+
+def describe_run(found: metrics.Run, arm: int, name: str) -> dict:
+    iterations, spent = [], {"tokens": 0, "minutes": 0.0, "dollars": 0.0}
+    priced = any(part and part["cost"] and part["cost"]["dollars"] is not None for part in found.iterations.values())
+    for number, part in found.iterations.items():
+        cost = None if part is None else making(part["cost"], priced)
+        for kind in spent:  # what is not known of one iteration is not known of those that build on it
+            known = cost is not None and cost[kind] is not None and spent[kind] is not None
+            spent[kind] = spent[kind] + cost[kind] if known else None
+        iterations.append({"number": number, "missing": part is None, **(part or {}), "cost": cost, "spent": dict(spent)})
+    scores = [part["eval"] for part in found.iterations.values() if part and part["eval"]]
+    return {
+        "name": name,
+        "arm": arm,
+        "seed": found.seed,
+        "settings": {key: value for key, value in {**found.settings, "seed": found.seed}.items() if value is not None},
+        "tasks": f"{scores[0]['on']} ({scores[0]['tasks']} tasks)" if scores else None,
+        "iterations": iterations,
+        "chosen": found.best,
+        "tests": [
+            {"iteration": number, "chosen": number == found.best, "tasks": score["on"], "score": score}
+            for number, score in found.test.items()
+        ],
+        "teacher": found.teacher,
+        "missing": missing(found),
+    }
+
+
+def making(cost: dict | None, priced: bool) -> dict:
+    """What making an iteration's student took, its evaluation apart: tokens of both policies, minutes, dollars."""
+    if cost is None:
+        return {"tokens": None, "minutes": None, "dollars": None}
+    parts = [cost[who][kind] for who in ("teacher", "student") for kind in ("in", "out")]
+    seconds = [cost["seconds"][stage] for stage in ("collect", "labels", "train")]
+    nothing = not any(seconds)  # the untrained student
+    tokens = sum(part or 0 for part in parts) if nothing or None not in parts[:2] or None not in parts[2:] else None
+    return {
+        "tokens": tokens,
+        "minutes": sum(part or 0 for part in seconds) / 60,
+        "dollars": (cost["dollars"] or 0.0) if priced else None,
+    }
+
+
+def missing(found: metrics.Run) -> list[str]:
+    """What a run has not got yet, in sentences."""
+    told = []
+    for number, part in found.iterations.items():
+        if part is None:
+            told.append(f"Iteration {number} is missing.")
+            continue
+        names = {"collect": "collect", "labels": "relabel", "train": "train", "eval": "evaluate"}
+        waiting = [name for key, name in names.items() if part[key] is None and (number > 0 or key == "eval")]
+        if waiting:
+            told.append(f"Iteration {number} is not finished; not there yet: {', '.join(waiting)}.")
+    if found.best is not None and found.best not in found.test:
+        told.append(f"The chosen student, of iteration {found.best}, is not scored on test tasks yet.")
+    return told
+
+
+def means(runs: list[dict]) -> dict:
+    """The mean over an arm's seeds: of each iteration, and of the chosen students on the test tasks."""
+    rates: dict[int, list[float]] = {}
+    for one in runs:
+        for part in one["iterations"]:
+            if part.get("eval") and part["eval"]["rate"] is not None:
+                rates.setdefault(part["number"], []).append(part["eval"]["rate"])
+    tests = [test["score"]["rate"] for one in runs for test in one["tests"] if test["chosen"] and test["score"]["rate"] is not None]
+    return {
+        "iterations": [{"number": n, "rate": statistics.fmean(all_), "seeds": len(all_)} for n, all_ in sorted(rates.items())],
+        "test": {"rate": statistics.fmean(tests), "seeds": len(tests)} if tests else None,
+    }
+
+
+def comparisons(arms: list[str], runs: list[list[metrics.Run]]) -> tuple[list[dict], list[str]]:
+    """Every other arm against the first: a row a seed, and the seeds together with both their intervals."""
+    rows, told = [], []
+    for other, theirs in zip(arms[1:], runs[1:]):
+        found = metrics.compare(runs[0], theirs)
+        if found is None:
+            told.append(f"{other} and {arms[0]} have no seed in common in which both were evaluated.")
+            continue
+        for seed, one in found["seeds"].items():
+            rows.append({"name": f"{other} against {arms[0]}, seed {seed}", "tasks": found["on"], "n": one["tasks"]}
+                        | {key: one[key] for key in ("only_a", "only_b", "difference", "low", "high", "p")})  # fmt: skip
+        whole = found["together"]
+        if whole["seeds"] > 1:
+            both = {"tasks": found["on"], "n": whole["tasks"], "difference": whole["difference"], "p": None}
+            rows.append(both | {"name": f"{whole['seeds']} seeds together (bootstrap over seeds and tasks)",
+                                "low": whole["low"], "high": whole["high"]})  # fmt: skip
+            rows.append(both | {"name": f"{whole['seeds']} seeds together (t over the seeds)",
+                                "low": whole["t_low"], "high": whole["t_high"]})  # fmt: skip
+        if not found["test"]:
+            told.append(f"{other}: not both arms have met the test tasks, and to choose on the tasks one is scored on flatters.")
+    if rows:
+        told.append(
+            "Each run at its chosen iteration, on the same tasks. A seed's row: Newcombe's interval for paired proportions, "
+            "and McNemar's exact test; both are about other tasks of this kind, not about other seeds. Claim what the "
+            "bootstrap and the t interval both say."
+        )
+    return rows, told
+
+
+def failure_modes() -> list[tuple[str, str]]:
+    """Name and definition of each, in their order; the definitions are those of common/failures.py."""
+    texts = {}
+    for names, text in re.findall(r"^\* ([\w, ]+): (.+(?:\n  .+)*)", failures.__doc__, re.M):
+        texts |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    return [(name, texts[name]) for name in metrics.FAILURE_MODES]
+
+
+def title(arms: list[str], runs: list[dict]) -> str:
+    if len(runs) == 1:
+        return f"{runs[0]['name']}: {arms[0]}"
+    if len(arms) > 3:
+        return f"{len(arms)} arms compared"
+    return f"{' and '.join(arms)}, compared" if len(arms) > 1 else f"{arms[0]}, {len(runs)} runs"
+
+
+def lead(arms: list[str], runs: list[dict]) -> str:
+    settings, tasks = runs[0]["settings"], runs[0]["tasks"]
+    who = f"{settings.get('student', 'the student')} learns to repair software from {settings.get('teacher', 'a teacher')}"
+    how = f"{', '.join(arms)}; {len(runs)} runs" if len(runs) > 1 else f"{arms[0]}, seed {runs[0]['seed']}"
+    return f"{who} ({how}): what it resolves{f' of {tasks}' if tasks else ''} after each iteration, and why not more."
+
+
+# ---------------------------------------------------------------- the command
+
+
+def report(homes: list[Path], out: Path) -> dict:
+    """Write the page of these runs to `out`. Returns its summary."""
+    runs = [metrics.read(home) for home in homes]
+    if len(runs) > 1:
+        metrics.check_comparable(runs)
+    data = describe_runs(runs)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out.parent) as spool:
+        collection = Collection(spool)
+        for number, home in enumerate(homes):
+            collection.add_run(number, home)
+        data |= collection.finish()
+        data |= {"raw": collection.raw, "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "command": "python -m common.report"}
+        size = write_page(out, data, spool)
+    print(f"{out}: {size / 1e6:.1f} MB, from {collection.raw / 1e6:.1f} MB of trajectories and labels")
+    return {"runs": len(runs), "trajectories": len(collection.rows), "bytes": size}
+
+
+def _main() -> None:
+    homes = []
+    while len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        homes.append(Path(sys.argv.pop(1)))
+
+    def work(args: Args) -> None:
+        if not homes:
+            raise InputError("which runs? python -m common.report RUN_DIRECTORY [RUN_DIRECTORY...]")
+        for home in homes:
+            if [other.resolve() for other in homes].count(home.resolve()) > 1:
+                raise InputError(f"{home} is given twice")
+        if len(homes) > 1 and args.out is None:
+            raise InputError("several runs: --out FILE says where their page goes")
+        run.print_summary(report(homes, Path(args.out or homes[0] / "report.html")))
+
+    run.main(Args, work)
+
+
+if __name__ == "__main__":
+    _main()
