@@ -156,7 +156,7 @@ function line(one, atX, atY) {
     const px = atX(point.x), py = atY(point.y);
     const spot = draw("g", {}, draw("title", {}, point.text || ""));
     if (known(point.low)) spot.append(draw("line", { class: "whisker", x1: px, x2: px, y1: atY(point.low), y2: atY(point.high) }));
-    if (point.ring) spot.append(draw("circle", { class: "ring", cx: px, cy: py, r: 8 }));
+    if (point.ring) spot.append(draw("circle", { class: "ring", cx: px, cy: py, r: one.style === "thin" ? 5.5 : 8 }));
     spot.append(mark(one.shape || 0, px, py, one.style === "thin" ? 2.5 : 4, one.hollow ? "hollow" : "mark"));
     if (point.tag) spot.append(draw("text", { x: px + (point.tagAt === "left" ? -9 : 0), y: py - 10, "text-anchor": point.tagAt === "left" ? "end" : "middle" }, point.tag));
     group.append(spot);
@@ -217,7 +217,7 @@ function showReport() {
 }
 
 function fill(section, ...content) {
-  $(`#${section} .contents`).append(...content.flat().filter(known));
+  $(`#${section} .contents`).append(...content.flat(Infinity).filter(known));
 }
 
 // ---- resolved
@@ -270,12 +270,12 @@ function armSeries(arm, seeds, small, testAt) {
   const colour = colourOf(arm), series = [];
   const spread = (place) => (lone || !seeds ? 0 : ((place + 0.5) / runs.length - 0.5) * 0.24);
   if (seeds || lone)
-    runs.forEach((run, place) => series.push({ colour, shape: arm, style: lone ? "bold" : "thin", label: lone && !small ? visible(data.arms[arm]) : "",
+    runs.forEach((run, place) => series.push({ colour, shape: arm, style: lone ? "bold" : "thin", label: lone && !small && data.arms.length > 1 ? visible(data.arms[arm]) : "",
       points: [...scored(run).map((one, at, all) => scorePoint(one.number + spread(place), one.eval, `${run.name}, iteration ${one.number}`, one.number === run.chosen, at > 0 && one.number !== all[at - 1].number + 1)),
         ...run.tests.filter((one) => one.chosen).map((one) => scorePoint(testAt + spread(place), one.score, `${run.name}, test`, false, true))] }));
   if (!lone && runs.length) {
     const mean = data.means[arm];
-    series.push({ colour, shape: arm, style: "bold", label: small ? "" : visible(data.arms[arm]),
+    series.push({ colour, shape: arm, style: "bold", label: small || data.arms.length === 1 ? "" : visible(data.arms[arm]),
       points: [...mean.iterations.map((one, at, all) => ({ x: one.number, y: one.rate, gap: at > 0 && one.number !== all[at - 1].number + 1, text: `${data.arms[arm]}, iteration ${one.number}: mean ${percent(one.rate, 1)} of ${plural(one.seeds, "seed")}` })),
         ...(mean.test ? [{ x: testAt, y: mean.test.rate, gap: true, text: `${data.arms[arm]}, test: mean ${percent(mean.test.rate, 1)} of ${plural(mean.test.seeds, "seed")}` }] : [])] });
   }
@@ -384,7 +384,7 @@ function byRun(draw) {
 
 // ---- covariate shift
 
-const HISTORIES = { teacher: "teacher alone", student: "with student turns" };
+const HISTORIES = { teacher: "teacher alone", student: "with student" };
 
 function showShift() {
   fill("shift", paragraph("A student imitates the teacher's demonstrations, and then acts in states that its own turns brought about. How well does it predict the teacher there? The lower the negative log-likelihood of the teacher's label (nats per token), the better; where the two histories lie apart, that is the shift."));
@@ -411,26 +411,44 @@ function shiftOptions(xs, title, valueOf, all) {
   for (const [history, colour, shape] of [["student", "cs", 0], ["teacher", "ct", 1]])
     for (const when of ["before", "after"]) {
       const points = xs.map((x) => [x, valueOf(history, x, when)]).filter(([, found]) => found).map(([x, found], place) => ({ x, y: found.y, text: `${title} ${x}, ${HISTORIES[history]}, ${when}: ${found.y.toFixed(3)} (${found.text})` }));
-      if (points.length) series.push({ colour, shape, dashed: when === "before", hollow: when === "before", label: `${history}, ${when}`, points });
+      if (points.length) series.push({ colour, shape, dashed: when === "before", hollow: when === "before", label: `${HISTORIES[history]}, ${when}`, points });
     }
   const tops = all ? all.flatMap((one) => one.shift.filter((row) => known(row.turn)).flatMap((row) => [row.before, row.after])) : series.flatMap((one) => one.points.map((point) => point.y));
-  const from = Math.min(...xs), to = Math.max(...xs);
-  return { name: `Negative log-likelihood of labels by ${title}`, x: { from, to: to === from ? from + 1 : to, ticks: xs.map((x) => [x, String(x)]), title }, y: { ticks: ticks(Math.max(...tops.filter(known), 0.01), 4), text: short, title: "nats per token" }, series, height: 240 };
+  return { name: `Negative log-likelihood of labels by ${title}`, x: span(xs, title), y: { ticks: ticks(Math.max(...tops.filter(known), 0.01), 4), text: short, title: "nats per token" }, series, height: 240 };
 }
 
+/** How often the student's command was the teacher's: by iteration, and by turn in each iteration, for both histories. */
 function agreement(run) {
-  const found = run.iterations.filter((one) => one.labels && known(one.labels.agree));
+  const rows = (one, history) => (one.shift || []).filter((row) => row.history === history && known(row.agree));
+  const found = run.iterations.filter((one) => rows(one, "teacher").length || rows(one, "student").length);
   if (!found.length) return [paragraph("No label stands beside a student's turn yet, so there is no agreement to show.", "note")];
-  const points = found.map((one) => ({ x: one.number, y: one.labels.agree, tag: percent(one.labels.agree), text: `iteration ${one.number}: ${percent(one.labels.agree, 1)}` }));
-  const numbers = found.map((one) => one.number), from = Math.min(...numbers), to = Math.max(...numbers);
-  return [make("div", { className: "panels" }, figure("The student's command is the teacher's", { name: "Agreement by iteration", x: { from: from - (from === to ? 1 : 0), to: to + (from === to ? 1 : 0), ticks: numbers.map((number) => [number, String(number)]), title: "iteration" },
-    y: { ticks: [0, 0.25, 0.5, 0.75, 1], text: (share) => percent(share), title: "share of the student's turns" }, series: [{ colour: "cs", shape: 0, style: "bold", label: "", points }], height: 220 }))];
+  const panel = (title, xs, xTitle, rowOf) => {
+    const series = [["student", "cs", 0], ["teacher", "ct", 1]].map(([history, colour, shape]) => ({ colour, shape, label: HISTORIES[history], points: xs.map((x) => [x, rowOf(history, x)]).filter(([, row]) => row)
+      .map(([x, row]) => ({ x, y: row.agree, text: `${xTitle} ${x}, ${HISTORIES[history]}: ${percent(row.agree, 1)} of ${plural(row.compared, "turn")}` })) })).filter((one) => one.points.length);
+    return figure(title, { name: `Agreement by ${xTitle}`, x: span(xs, xTitle), y: { ticks: [0, 0.25, 0.5, 0.75, 1], text: (share) => percent(share), title: "the same command" }, series, height: 230 });
+  };
+  const turnsOf = (one) => [...new Set([...rows(one, "teacher"), ...rows(one, "student")].map((row) => row.turn).filter(known))].sort((a, b) => a - b);
+  const overall = panel("All turns, by iteration", found.map((one) => one.number), "iteration", (history, number) => rows(found.find((one) => one.number === number), history).find((row) => row.turn === null));
+  const each = found.map((one) => panel(`Iteration ${one.number}, by turn`, turnsOf(one), "turn", (history, turn) => rows(one, history).find((row) => row.turn === turn)));
+  return [make("h3", { textContent: "How often the student's command was the teacher's" }), make("div", { className: "panels" }, overall, each)];
+}
+
+function span(xs, title) {
+  const from = Math.min(...xs), to = Math.max(...xs), alone = from === to ? 1 : 0;
+  return { from: from - alone, to: to + alone, ticks: xs.map((x) => [x, String(x)]), title };
 }
 
 function shiftTable(run) {
-  const rows = run.iterations.flatMap((one) => (one.shift || []).filter((row) => row.turn === null).map((row) => [String(one.number), make("td", { className: "text", textContent: HISTORIES[row.history] }), whole(row.labels), known(row.tokens) ? whole(row.tokens) : missingCell("\u2013"),
-    ...["before", "after"].map((when) => (known(row[when]) ? row[when].toFixed(3) : missingCell("\u2013"))), known(row.agree) ? percent(row.agree) : missingCell("\u2013")]));
-  return rows.length ? table(["iteration", "history", "labels", "tokens", "before", "after", "agree"], rows, { caption: "Mean negative log-likelihood of the teacher's labels, nats per token", textColumns: 2 }) : null;
+  const dash = (number, text) => (known(number) ? text(number) : missingCell("\u2013"));
+  const three = (number) => number.toFixed(3);
+  const columns = [["labels", (row) => dash(row.labels, whole), true], ["tokens", (row) => dash(row.tokens, whole), true], ["before", (row) => dash(row.before, three), true], ["after", (row) => dash(row.after, three), true],
+    ["the student's turns", (row) => dash(row.compared, whole)], ["the same command", (row) => dash(row.agree, percent)]];
+  const measured = run.iterations.some((one) => (one.shift || []).some((row) => row.labels));
+  const used = columns.filter(([, , ofLikelihood]) => measured || !ofLikelihood);
+  const rows = run.iterations.flatMap((one) => (one.shift || []).filter((row) => row.turn === null && (row.labels || row.compared)).map((row) =>
+    [String(one.number), make("td", { className: "text", textContent: HISTORIES[row.history] }), ...used.map(([, cell]) => cell(row))]));
+  const caption = measured ? "Labels measured and their mean negative log-likelihood (nats per token); the student's turns with a label, and the share with the same command" : "The student's turns with a label, and the share with the same command";
+  return rows.length ? table(["iteration", "history", ...used.map(([head]) => head)], rows, { caption, textColumns: 2 }) : null;
 }
 
 // ---- failure modes
@@ -457,7 +475,7 @@ function barCell({ score, iteration, what }, mode, index) {
   if (!count) return make("td", { className: "quiet", textContent: "0" });
   const words = new URLSearchParams({ ...(data.runs.length > 1 ? { run: index } : {}), what, iteration, ...(mode === "resolved" ? { result: "resolved" } : { mode }) });
   const bar = make("span", { className: "bar-of" });
-  bar.style.width = `${Math.max(2, (100 * count) / score.tasks)}%`;
+  bar.style.width = `max(2px, ${(5.5 * count) / score.tasks}rem)`; // the same scale in every column
   return make("td", {}, make("a", { href: `#trajectories?${words}`, title: `${count} of ${score.tasks} = ${percent(count / score.tasks)}` }, make("span", { textContent: count }), bar));
 }
 
@@ -469,21 +487,33 @@ function definitions() {
 
 // ---- cost
 
-const COSTS = [["tokens", "tokens of both policies, prompts and answers", short], ["minutes", "minutes", (value) => short(value)], ["dollars", "dollars", (value) => `$${short(value)}`]];
+const COSTS = [["tokens", "Tokens", short], ["minutes", "Minutes", (value) => short(value)], ["dollars", "Dollars", (value) => `$${short(value)}`]];
 
 function showCost() {
   const panels = COSTS.map(costPanel).filter(known);
-  fill("cost", paragraph("What it took to make the student of each iteration, all before it included: collecting, relabelling and training, but not evaluating. The numbers at the points are iterations."),
+  fill("cost", paragraph("What it took to make the student of each iteration, all before it included: collecting, relabelling and training, but not evaluating. Tokens are those of both policies, prompts and answers. A point is an iteration; of several seeds it is their mean."),
     panels.length ? make("div", { className: "panels" }, panels) : paragraph("Nothing is spent and evaluated yet.", "note"), panels.length ? costTable() : null);
 }
 
 function costPanel([name, title, text]) {
-  const series = data.runs.map((run) => ({ colour: colourOf(run.arm), shape: run.arm, style: data.runs.length > 3 ? "thin" : "", label: data.runs.length > 1 ? visible(data.arms.length === data.runs.length ? data.arms[run.arm] : run.name) : "",
-    points: scored(run).filter((one) => one.spent && known(one.spent[name])).map((one, place, all) => ({ x: one.spent[name], y: one.eval.rate, tag: data.runs.length <= 3 || place === all.length - 1 ? String(one.number) : "", gap: place > 0 && one.number !== all[place - 1].number + 1, text: `${run.name}, iteration ${one.number}: ${text(one.spent[name])} ${name}, ${scoreWords(one.eval)}` })) })).filter((one) => one.points.some((point) => point.x > 0));
+  const series = data.arms.flatMap((_, arm) => costSeries(arm, name, text)).filter((one) => one.points.some((point) => point.x > 0));
   if (!series.length) return null;
-  const xs = ticks(Math.max(...series.flatMap((one) => one.points.map((point) => point.x))), 4);
-  return figure(title.charAt(0).toUpperCase() + title.slice(1), { name: `Resolved against ${title}`, x: { from: 0, to: xs[xs.length - 1], ticks: xs.map((value) => [value, text(value)]), title: "" },
-    y: { ticks: ticks(Math.max(...series.flatMap((one) => one.points.map((point) => point.y)), 0.1) * 1.1).filter((value) => value <= 1.001), text: (share) => percent(share), title: "resolved" }, series, height: 240 });
+  const xs = ticks(Math.max(...series.flatMap((one) => one.points.map((point) => point.x))), 4), top = Math.max(...series.flatMap((one) => one.points.map((point) => point.y)), 0.1);
+  return figure(title, { name: `Resolved against ${title}`, x: { from: 0, to: xs[xs.length - 1], ticks: xs.map((value) => [value, text(value)]), title: "" },
+    y: { ticks: ticks(top * 1.1).filter((value) => value <= 1.001), text: (share) => percent(share), title: "resolved" }, series, height: 240 });
+}
+
+/** An arm's iterations: the mean of its seeds in bold; a lone seed is its arm's line. */
+function costSeries(arm, name, text) {
+  const runs = data.runs.filter((run) => run.arm === arm), colour = colourOf(arm), label = data.arms.length > 1 ? visible(data.arms[arm]) : "";
+  const points = (who, all, rateOf, spentOf) => all.map((one, place) => ({ x: spentOf(one), y: rateOf(one), tag: label ? "" : String(one.number), gap: place > 0 && one.number !== all[place - 1].number + 1,
+    text: `${who}, iteration ${one.number}: ${text(spentOf(one))} ${name}, ${percent(rateOf(one), 1)}` }));
+  const ofRuns = runs.map((run) => ({ colour, shape: arm, style: runs.length > 1 ? "thin" : "bold", label: runs.length > 1 ? "" : label,
+    points: points(run.name, scored(run).filter((one) => known(one.spent[name])), (one) => one.eval.rate, (one) => one.spent[name]) }));
+  if (runs.length === 1) return ofRuns;
+  for (const one of ofRuns) for (const point of one.points) point.tag = "";
+  const mean = points(data.arms[arm], data.means[arm].iterations.filter((one) => known(one.spent[name])), (one) => one.rate, (one) => one.spent[name]);
+  return [...(label ? [] : ofRuns), { colour, shape: arm, style: "bold", label, points: mean }]; // the seeds of several arms would hide each other
 }
 
 function costTable() {
@@ -635,6 +665,7 @@ async function openTrajectory(place, turn, byClick) {
   }
   if (opened !== place) return; // another one was opened meanwhile
   record = found;
+  record.labelled = found.turns.some((turn) => turn.label);
   $("#opened").replaceChildren(...trajectoryParts(t, record));
   document.title = `${visible(t.instance_id)} \u00b7 ${data.title}`;
   current = Math.max(0, Math.min(turn, record.turns.length - 1));
@@ -721,7 +752,7 @@ function strip(record) {
     return make("button", { type: "button", className: `${turn.actor}${differs ? " differs" : ""}`, textContent: turn.actor === "teacher" ? "T" : "S", title: name, "aria-label": name, onclick: () => goToTurn(place) });
   });
   const actors = new Set(record.turns.map((turn) => turn.actor));
-  const key = [actors.has("student") ? "S student" : "", actors.has("teacher") ? "T teacher" : "", record.turns.some((turn) => turn.label && turn.label.agrees === false) ? "underlined: the label differs" : ""];
+  const key = [actors.has("student") ? "S student" : "", actors.has("teacher") ? `T teacher${record.labelled ? " (its own label)" : ""}` : "", record.turns.some((turn) => turn.label && turn.label.agrees === false) ? "underlined: the label differs" : ""];
   return make("div", { className: "strip", role: "group", "aria-label": "Turns" }, buttons, make("span", { textContent: key.filter(Boolean).join(", ") }));
 }
 
@@ -735,14 +766,17 @@ function turnParts(turn, place) {
   const right = apart ? actionPart(labelled, "teacher", `the teacher's label${label.valid ? "" : `, not valid: ${label.reason}`}`, { thought: marks.thought[1], command: marks.command[1] }) : null;
   return make("section", { className: "turn", id: `turn-${place}`, "aria-label": `Turn ${place}` },
     make("header", {}, make("span", { className: "number", textContent: place }), make("span", { className: `actor ${turn.actor}`, textContent: turn.actor }),
-      make("span", { className: "cost" }, costs.filter(Boolean).flatMap((text, at) => (at ? [make("br"), text] : [text])))),
+      make("span", { className: "cost" }, costs.filter(Boolean).map((text) => make("span", { textContent: text })))),
     make("div", {}, differs ? make("p", { className: "verdict differs", textContent: "The teacher would have done something else." }) : null,
       make("div", { className: "actions" }, left, right), verdict(turn, label, apart), observationPart(turn)));
 }
 
+/** In words, where there is something to say: a turn of the teacher is its own label and needs none. */
 function verdict(turn, label, apart) {
-  if (!label || label.agrees === false) return null;
-  const text = turn.actor === "teacher" && !apart ? "This turn is its own label." : label.agrees ? (apart ? "The label has the same command." : "The label is the same.") : apart ? "The teacher was asked again." : "";
+  let text = "";
+  if (!label) text = record.labelled ? "No label here." : "";
+  else if (turn.actor === "teacher") text = apart ? "The teacher was asked again." : "";
+  else if (label.agrees) text = apart ? "The label has the same command." : "The label is the same.";
   return text ? make("p", { className: "verdict", textContent: text }) : null;
 }
 

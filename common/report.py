@@ -13,6 +13,7 @@ temporary name first, so a reader never sees half of one. In memory is one chunk
 """
 
 import base64
+import contextlib
 import gzip
 import hashlib
 import json
@@ -33,6 +34,7 @@ CHUNK = 2_000_000  # bytes of JSON; the page unpacks this much to show one traje
 CHUNK_TRAJECTORIES = 64
 TITLE = 160  # characters of an issue in the index; a search covers all of it
 FAILED_TESTS = 50  # names of failed tests shown with a trajectory
+SPENT = ("tokens", "minutes", "dollars")
 FIELDS = (
     "chunk", "position", "run", "place", "what", "iteration", "instance_id", "trajectory_id", "issue", "turns",
     "student_turns", "teacher_turns", "judged", "differ", "resolved", "failure_mode", "exit_status",
@@ -57,6 +59,7 @@ class Source:
     trajectories: Path
     labels: Path
     results: Path
+    manifest: Path
 
 
 def sources(home: Path) -> Iterator[Source]:
@@ -64,7 +67,8 @@ def sources(home: Path) -> Iterator[Source]:
     found = []
     for path in sorted(home.glob("iter_[0-9][0-9][0-9]")):
         grades = path / "grades/results.jsonl"
-        found.append(Source(path.name, "collected", path / "trajectories.jsonl", path / "labels.jsonl", grades))
+        found.append(Source(path.name, "collected", path / "trajectories.jsonl", path / "labels.jsonl", grades,
+                            path / "trajectories.jsonl.manifest.json"))  # fmt: skip
         found.append(_evaluation(path / "eval", f"{path.name}/eval", "evaluated"))
     found.append(_evaluation(home / "teacher/eval", "teacher/eval", "teacher"))
     found += [_evaluation(path, f"test/{path.name}", "test") for path in sorted(home.glob("test/iter_[0-9][0-9][0-9]"))]
@@ -72,7 +76,8 @@ def sources(home: Path) -> Iterator[Source]:
 
 
 def _evaluation(path: Path, place: str, what: str) -> Source:
-    return Source(place, what, path / "trajectories.jsonl", path / "labels.jsonl", path / "results.jsonl")
+    files = [path / name for name in ("trajectories.jsonl", "labels.jsonl", "results.jsonl", "manifest.json")]
+    return Source(place, what, *files)
 
 
 class Labels:
@@ -122,6 +127,27 @@ class Results:
         return self.found.get(trajectory_id, {"resolved": None, "failure_mode": None, "tampered": False, "tests": None})
 
 
+class Gold:
+    """Gold patches, where they are at hand: of toy tasks, and of tasks in JSONL files. Nothing is downloaded for them."""
+
+    def __init__(self, settings: dict):
+        self.found = {}
+        name = re.sub(r":\d+$", "", settings.get("tasks") or "")
+        if name.endswith(".jsonl") and Path(name).is_file():
+            self.found = {row.get("instance_id"): (row.get("base_commit"), row.get("patch")) for row in jsonl.read(name)}
+
+    def of(self, trajectory: dict) -> str | None:
+        commit, patch = self.found.get(trajectory["instance_id"], (None, None))
+        if commit == trajectory["base_commit"]:
+            return patch
+        if trajectory["instance_id"].startswith("toy-"):
+            from common import toy_tasks
+
+            with contextlib.suppress(InputError):  # a task of another version of the generator
+                return toy_tasks.find(trajectory).row["patch"]
+        return None
+
+
 def _tests(status: dict) -> dict | None:
     """SWE-bench's lists of test names, as counts and the names of the failed ones."""
     groups = [group for group in status.values() if isinstance(group, dict)]
@@ -130,7 +156,7 @@ def _tests(status: dict) -> dict | None:
     return {"passed": passed, "failures": len(failed), "failed": failed[:FAILED_TESTS]} if failed or passed else None
 
 
-def opened(trajectory: dict, labels: dict[int, dict], result: dict) -> dict:
+def opened(trajectory: dict, labels: dict[int, dict], result: dict, gold: str | None) -> dict:
     """What the page shows of one trajectory."""
     messages = trajectory["messages"]
     first = next((place for place, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
@@ -149,6 +175,7 @@ def opened(trajectory: dict, labels: dict[int, dict], result: dict) -> dict:
         "system": said["system"],
         "turns": turns,
         "patch": trajectory["patch"],
+        "gold": gold,
         "tests": result["tests"],
         "tampered": result["tampered"],
         "mix": trajectory["mix"],
@@ -194,12 +221,13 @@ class Collection:
     def add_run(self, number: int, home: Path) -> None:
         for source in sources(home):
             labels, results = Labels(source.labels), Results(source.results)
+            gold = Gold(json.loads(source.manifest.read_text())["settings"] if source.manifest.exists() else {})
             for trajectory in jsonl.read(source.trajectories, "trajectory"):
                 name = trajectory["trajectory_id"]
-                self.add(number, source, trajectory, labels.of(name), results.of(name))
+                self.add(number, source, trajectory, labels.of(name), results.of(name), gold.of(trajectory))
 
-    def add(self, number: int, source: Source, trajectory: dict, labels: dict[int, dict], result: dict) -> None:
-        shown = opened(trajectory, labels, result)
+    def add(self, number: int, source: Source, trajectory: dict, labels: dict[int, dict], result: dict, gold: str | None):
+        shown = opened(trajectory, labels, result, gold)
         actors = [turn["actor"] for turn in shown["turns"]]
         judged = [label["agrees"] for label in labels.values() if label["agrees"] is not None]
         values = {
@@ -335,7 +363,7 @@ def page_names(runs: list[metrics.Run]) -> list[str]:
 
 
 def describe_run(found: metrics.Run, arm: int, name: str) -> dict:
-    iterations, spent = [], {"tokens": 0, "minutes": 0.0, "dollars": 0.0}
+    iterations, spent = [], dict.fromkeys(SPENT, 0)
     priced = any(part and part["cost"] and part["cost"]["dollars"] is not None for part in found.iterations.values())
     for number, part in found.iterations.items():
         cost = None if part is None else making(part["cost"], priced)
@@ -364,7 +392,7 @@ def describe_run(found: metrics.Run, arm: int, name: str) -> dict:
 def making(cost: dict | None, priced: bool) -> dict:
     """What making an iteration's student took, its evaluation apart: tokens of both policies, minutes, dollars."""
     if cost is None:
-        return {"tokens": None, "minutes": None, "dollars": None}
+        return dict.fromkeys(SPENT)
     parts = [cost[who][kind] for who in ("teacher", "student") for kind in ("in", "out")]
     seconds = [cost["seconds"][stage] for stage in ("collect", "labels", "train")]
     nothing = not any(seconds)  # the untrained student
@@ -394,16 +422,26 @@ def missing(found: metrics.Run) -> list[str]:
 
 def means(runs: list[dict]) -> dict:
     """The mean over an arm's seeds: of each iteration, and of the chosen students on the test tasks."""
-    rates: dict[int, list[float]] = {}
+    parts: dict[int, list[dict]] = {}
     for one in runs:
         for part in one["iterations"]:
             if part.get("eval") and part["eval"]["rate"] is not None:
-                rates.setdefault(part["number"], []).append(part["eval"]["rate"])
+                parts.setdefault(part["number"], []).append(part)
     tests = [test["score"]["rate"] for one in runs for test in one["tests"] if test["chosen"] and test["score"]["rate"] is not None]
-    return {
-        "iterations": [{"number": n, "rate": statistics.fmean(all_), "seeds": len(all_)} for n, all_ in sorted(rates.items())],
-        "test": {"rate": statistics.fmean(tests), "seeds": len(tests)} if tests else None,
-    }
+    iterations = [
+        {
+            "number": number,
+            "rate": statistics.fmean(part["eval"]["rate"] for part in found),
+            "seeds": len(found),
+            "spent": {kind: mean_if_known([part["spent"][kind] for part in found]) for kind in SPENT},
+        }
+        for number, found in sorted(parts.items())
+    ]
+    return {"iterations": iterations, "test": {"rate": statistics.fmean(tests), "seeds": len(tests)} if tests else None}
+
+
+def mean_if_known(values: list[float | None]) -> float | None:
+    return None if None in values else statistics.fmean(values)
 
 
 def comparisons(arms: list[str], runs: list[list[metrics.Run]]) -> tuple[list[dict], list[str]]:
@@ -453,7 +491,7 @@ def title(arms: list[str], runs: list[dict]) -> str:
 
 def lead(arms: list[str], runs: list[dict]) -> str:
     settings, tasks = runs[0]["settings"], runs[0]["tasks"]
-    who = f"{settings.get('student', 'the student')} learns to repair software from {settings.get('teacher', 'a teacher')}"
+    who = f"{settings.get('student', 'A student')} learns to repair software from the teacher {settings.get('teacher', '')}".rstrip()
     how = f"{', '.join(arms)}; {len(runs)} runs" if len(runs) > 1 else f"{arms[0]}, seed {runs[0]['seed']}"
     return f"{who} ({how}): what it resolves{f' of {tasks}' if tasks else ''} after each iteration, and why not more."
 
