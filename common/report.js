@@ -927,7 +927,7 @@ function onKey(event) {
   if ($("#viewer").hidden) { if (event.key === "?") $("#help").showModal(); return; }
   const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName);
   if (event.key === "Escape") {
-    if (typing) event.target.blur();
+    if (typing) { event.preventDefault(); event.target.blur(); } // it would also empty the search
     else if (opened !== null) { closeTrajectory(); sayFilters(); }
     return;
   }

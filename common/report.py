@@ -128,9 +128,12 @@ class Results:
 
 
 class Gold:
-    """Gold patches, where they are at hand: of toy tasks, and of tasks in JSONL files. Nothing is downloaded for them."""
+    """Gold patches, where they are at hand: of tasks in JSONL files, and of the toy tasks that a student is scored on. Those
+    that were collected on are too many to be generated again (5 ms each), and the labels say what their repair is."""
 
-    def __init__(self, settings: dict):
+    def __init__(self, source: Source):
+        settings = json.loads(source.manifest.read_text())["settings"] if source.manifest.exists() else {}
+        self.toys = source.what != "collected"
         self.found = {}
         name = re.sub(r":\d+$", "", settings.get("tasks") or "")
         if name.endswith(".jsonl") and Path(name).is_file():
@@ -140,7 +143,7 @@ class Gold:
         commit, patch = self.found.get(trajectory["instance_id"], (None, None))
         if commit == trajectory["base_commit"]:
             return patch
-        if trajectory["instance_id"].startswith("toy-"):
+        if self.toys and trajectory["instance_id"].startswith("toy-"):
             from common import toy_tasks
 
             with contextlib.suppress(InputError):  # a task of another version of the generator
@@ -221,7 +224,7 @@ class Collection:
     def add_run(self, number: int, home: Path) -> None:
         for source in sources(home):
             labels, results = Labels(source.labels), Results(source.results)
-            gold = Gold(json.loads(source.manifest.read_text())["settings"] if source.manifest.exists() else {})
+            gold = Gold(source)
             for trajectory in jsonl.read(source.trajectories, "trajectory"):
                 name = trajectory["trajectory_id"]
                 self.add(number, source, trajectory, labels.of(name), results.of(name), gold.of(trajectory))

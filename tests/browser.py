@@ -56,7 +56,8 @@ class Page:
         call("POST", f"{self.session}/actions", {"actions": [{"type": "key", "id": "keys", "actions": actions}]})
 
     def click(self, selector: str) -> None:
-        """A real click in the middle of the first element that matches."""
+        """A real click on the first element that matches, away from the window's edges and what lies over them."""
+        self.run("document.querySelector(arguments[0]).scrollIntoView({block: 'center', behavior: 'instant'})", selector)
         found = call("POST", f"{self.session}/element", {"using": "css selector", "value": selector})
         call("POST", f"{self.session}/element/{next(iter(found.values()))}/click", {})
 
