@@ -239,7 +239,7 @@ function waitingNotes() {
 }
 
 function resolvedCharts() {
-  const caption = "Bars: 95 % Wilson intervals of one evaluation. A ring marks the iteration that was chosen on these tasks; a rate that chose itself is a little too high, the test score is not.";
+  const caption = "Bars: 95 % Wilson intervals of one evaluation. A ring marks the iteration that was chosen on these tasks; the best of several rates is a little too high, the test score is not.";
   if (data.arms.length === 1) return figure("", resolvedOptions(data.arms.map((_, arm) => arm), true), caption);
   const all = figure("Mean of the seeds", resolvedOptions(data.arms.map((_, arm) => arm), false));
   const each = make("div", { className: "panels" }, data.arms.map((name, arm) => figure(visible(name), { ...resolvedOptions([arm], true, true), height: 220 })));
@@ -310,7 +310,7 @@ function iterationTable(run) {
     cells: [one.number === run.chosen ? `${one.number} (chosen)` : String(one.number),
       ...columns.map(([, value]) => { const text = one.missing ? null : value(one); return text || make("td", { className: "missing", textContent: one.missing ? "missing" : "\u2013" }); })],
   }));
-  return table(["iteration", ...columns.map(([head]) => head)], rows, { caption: `Resolved on ${run.tasks || "the evaluation tasks"}. agree: share of the student's turns with the teacher's command.` });
+  return table(["iteration", ...columns.map(([head]) => head)], rows, { caption: `Resolved on ${run.tasks || "the evaluation tasks"}. agree: share of the student's turns with the teacher's command; minutes: collect, relabel and train.` });
 }
 
 /** Several runs: a line a run, grouped by arm, and each arm's mean. */
@@ -567,7 +567,7 @@ function makeFilters() {
   const place = $("#filters > div");
   for (const [name, title, options] of FILTERS) {
     const values = options();
-    if (values.length < 2 && name !== "mode") continue;
+    if (values.length < (name === "mode" ? 1 : 2)) continue;
     const select = make("select", { name }, make("option", { value: "", textContent: "any" }), values.map(([value, text]) => make("option", { value, textContent: visible(text) })));
     select.addEventListener("change", () => { setFilters({ ...chosen, [name]: select.value }, $("#text").value); sayFilters(); });
     place.append(make("label", {}, title, select));
@@ -885,6 +885,8 @@ function markTurn() {
   document.querySelectorAll(".strip button").forEach((button, place) => {
     if (place === current) button.setAttribute("aria-current", "step"); else button.removeAttribute("aria-current");
   });
+  const strip = $(".strip"), button = strip && strip.children[current];
+  if (button) strip.scrollTo(button.offsetLeft - strip.clientWidth / 2, button.offsetTop - strip.clientHeight / 2); // of many turns only some are seen
 }
 
 /** The next turn whose label differs; behind the last one, the first in the next trajectory of the list that has any. */
