@@ -4,8 +4,8 @@ The first that fits, in this order. The kinds are the paper's; the definitions a
 
 The episode did not end by submitting (whatever its patch is worth):
 * format_limit: it ended after several turns in a row without a command.
-* repeated_command: it ended at another limit, and its last commands go in a circle: the same command three times in a
-  row, or two or three commands gone through twice in the same order (A B A B, A B C A B C). Equal means equal text,
+* repeated_command: it ended at another limit, and its last commands go in a circle: one command three times in a row, or
+  several gone through twice in the same order, up to the last one (A B A B, A B C A B C, ...). Equal means equal text,
   whatever was printed; a turn without a command is no part of a circle.
 * turn_limit, context_limit, token_limit, time_limit: the other ends, as the trajectory's exit_status has them.
 
@@ -42,7 +42,7 @@ FAILURE_MODES = (
 UNPARSED = "does not parse: "  # begins a line that the local grader puts at the head of its log
 _HEAD = re.compile(r"patch applied\n(?:put back: .*\n)*" + UNPARSED)
 _GIT = re.compile(r'^diff --git "?a/(?P<same>.+?)"? "?b/(?P=same)"?$|^(?:rename|copy) (?:from|to) (?P<moved>.+)$', re.M)
-_PLAIN = re.compile(r"^--- (\S+).*\n\+\+\+ (\S+).*\n@@ ", re.M)
+_PLAIN = re.compile(r'^--- "?([^\t\n]+?)"?(?:\t.*)?\r?\n\+\+\+ "?([^\t\n]+?)"?(?:\t.*)?\r?\n@@ ', re.M)
 _IMPORT = re.compile(  # what pytest and unittest say of a test file that they could not import
     r"^(?:E +|\w+: )?(?:SyntaxError|IndentationError|TabError|ImportError|ModuleNotFoundError)\b"
     r"|^(?:_+ )?ERROR (?:collecting )?[^\s:]+(?: - .*| _+)?$|^ImportError while ",
@@ -71,8 +71,9 @@ def failure_mode(row: dict, trajectory: dict | None, patch: str, verdict: dict) 
 
 
 def goes_in_circles(commands: list[str | None]) -> bool:
-    """Whether the commands end with one command three times, or with two or three commands twice in the same order."""
-    for length, times in ((1, 3), (2, 2), (3, 2)):
+    """Whether the commands end with one command three times, or with several gone through twice in the same order."""
+    for length in range(1, len(commands) // 2 + 1):
+        times = 3 if length == 1 else 2
         tail = commands[-length * times :]
         if len(tail) == length * times and None not in tail and tail == tail[:length] * times:
             return True

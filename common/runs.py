@@ -211,9 +211,16 @@ def arm_names(runs: list[Run]) -> list[str]:
     """
     names = [_arm_name(found.settings) for found in runs]
     settings = [{name: _value(found, name) for name in (*SETTINGS, "aggregate")} for found in runs]
-    names = [name + "".join(f", {key.replace('_', ' ')} {mine[key]}" for key in mine if mine[key] is not None and any(
-        other == name and theirs[key] != mine[key] for other, theirs in zip(names, settings)))
-        for name, mine in zip(names, settings)]  # fmt: skip
+
+    def added(name: str, mine: dict) -> str:
+        """The settings in which a run differs from others of this name."""
+        alike = [theirs for other, theirs in zip(names, settings) if other == name]
+        here = [key for key in mine if mine[key] is not None and any(theirs[key] != mine[key] for theirs in alike)]
+        if "aggregate" in here and {theirs["aggregate"] for theirs in alike} <= {mine["aggregate"], None}:
+            here.remove("aggregate")  # a run of one iteration does not say: it would have been the same
+        return "".join(f", {key.replace('_', ' ')} {mine[key]}" for key in here)
+
+    names = [name + added(name, mine) for name, mine in zip(names, settings)]
     for words in ([found.settings.get("code") for found in runs], [found.name for found in runs]):
         arms = list(zip(names, (found.seed for found in runs)))
         unclear = {name for name, seed in arms if arms.count((name, seed)) > 1}

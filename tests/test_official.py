@@ -350,7 +350,7 @@ def test_the_harness_grades_and_what_the_machine_failed_is_kept_apart(engine, tm
     modes = {names[r["instance_id"]]: r["failure_mode"] for r in jsonl.read(tmp_path / "o" / "results.jsonl", "result")}
     assert modes == {
         "gold": None, "spoofed": None,  # the known weakness: a program that prints results is believed
-        "empty": "no_patch", "deleted": "tests_failed", "no patch": "patch_not_applied", "hangs": "tests_failed",
+        "empty": "no_patch", "deleted": "wrong_file", "no patch": "patch_not_applied", "hangs": "tests_failed",
         "latin": "tests_failed", "binary name": "patch_not_applied",
     }  # fmt: skip
     infra = list(jsonl.read(tmp_path / "o" / "results.jsonl.infra.jsonl"))  # one line for each of two tries

@@ -1,0 +1,325 @@
+"""The numbers that decide which arm is better, each against a published or a hand-worked example."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common import failures, grading, metrics, schema, tasks
+from common.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pair(both, only_a, only_b, neither):
+    """Outcomes of two arms with this table."""
+    cells = [(True, True)] * both + [(True, False)] * only_a + [(False, True)] * only_b + [(False, False)] * neither
+    return {f"t{n}": a for n, (a, _) in enumerate(cells)}, {f"t{n}": b for n, (_, b) in enumerate(cells)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two arms, several seeds
+
+@pytest.mark.parametrize("table, interval", [((59, 6, 16, 80), (0.0046, 0.1186)), ((1, 1, 7, 12), (0.026, 0.507))])
+def test_the_paired_interval_of_published_examples(table, interval):
+    """Cavo et al. 2012 and Bentur et al. 2009, as in Fagerland, Lydersen and Laake, Statistical Analysis of Contingency
+    Tables, chapter 8 (there as after minus before, with the other sign)."""
+    found = metrics.paired(*pair(*table))
+    digits = len(str(interval[0])) - 2
+    assert (round(found["low"], digits), round(found["high"], digits)) == interval
+    assert [found[name] for name in ("both", "only_a", "only_b", "neither")] == list(table)
+
+
+def test_mcnemar_by_hand():
+    """Five tasks that only b resolved, one that only a did: two tails of 6 coins, 2 (1 + 6) / 64."""
+    found = metrics.paired(*pair(3, 1, 5, 2))
+    assert found["p"] == pytest.approx(14 / 64) and found["difference"] == pytest.approx(4 / 11)
+    assert (found["rate_a"], found["rate_b"]) == (pytest.approx(4 / 11), pytest.approx(8 / 11))
+    a, b = pair(3, 1, 5, 2)
+    other = metrics.paired(b, a)
+    assert [other[name] for name in ("difference", "low", "high", "p")] == pytest.approx(
+        [-found["difference"], -found["high"], -found["low"], found["p"]])  # fmt: skip
+    same = metrics.paired(a, a)
+    assert same["p"] == 1 and same["difference"] == 0 and same["low"] < 0 < same["high"]
+
+
+def test_other_tasks_are_refused_and_named():
+    a, b = pair(3, 1, 5, 2)
+    del b["t4"]
+    for compare in (lambda: metrics.paired(a, b), lambda: metrics.combine_seeds([(a, a), (a, b)])):
+        with pytest.raises(InputError, match=r"not the same tasks: 1 of 11 have a result on one side alone \(t4\)"):
+            compare()
+    with pytest.raises(InputError, match="no results"):
+        metrics.paired({}, {})
+
+
+def test_seeds_together_by_hand():
+    """Differences of 0.1 and 0.3: mean 0.2, t interval 0.2 +- 12.706 * 0.1414 / sqrt(2). One seed with two tasks, of which
+    b gained one: two draws give 0, 1/2 or 1 with chances 1/4, 1/2, 1/4."""
+    found = metrics.combine_seeds([pair(4, 0, 1, 5), pair(4, 0, 3, 3)])
+    assert found["differences"] == pytest.approx([0.1, 0.3]) and found["difference"] == pytest.approx(0.2)
+    assert (found["t_low"], found["t_high"]) == (pytest.approx(0.2 - 1.2706, abs=1e-4), pytest.approx(0.2 + 1.2706, abs=1e-4))
+    assert 0 <= found["low"] < 0.2 < found["high"] < found["t_high"]  # two seeds: the bootstrap is far too narrow
+    one = metrics.combine_seeds([pair(0, 0, 1, 1)])
+    assert (one["low"], one["high"], one["t_low"], one["t_high"]) == (0, 1, None, None)
+    assert metrics.combine_seeds([pair(4, 0, 1, 5), pair(4, 0, 3, 3)]) == found
+
+
+def test_intervals_over_seeds_cover_the_truth():
+    """500 experiments of eight seeds and 60 tasks whose true difference is 0.1; tasks and seeds differ in how much b gains.
+
+    Both intervals should cover it in about 95 % of them. With a true coverage of 93.5 % or more, fewer than 89 % has a
+    probability below 1e-4 (binomial). An interval that forgets that tasks of one seed share a student covers it in 81 %.
+    """
+    random, covered, seeds, n = np.random.default_rng(5), np.zeros(2), 8, 60
+    for experiment in range(500):
+        base, of_task, of_seed = random.uniform(0.3, 0.6, n), random.uniform(-0.1, 0.1, n), random.uniform(-0.15, 0.15, (seeds, 1))
+        a, b = random.random((seeds, n)) < base, random.random((seeds, n)) < base + 0.1 + of_task + of_seed
+        names = [str(task) for task in range(n)]
+        runs = [tuple(dict(zip(names, arm[s].tolist())) for arm in (a, b)) for s in range(seeds)]
+        found = metrics.combine_seeds(runs, draws=400, seed=experiment)
+        covered += [found["low"] <= 0.1 <= found["high"], found["t_low"] <= 0.1 <= found["t_high"]]
+    assert (covered / 500 > 0.89).all(), covered / 500
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Failure modes
+
+ROW = tasks.load("toy:dev:1")[0]
+FILES = ROW["local"]["source"]
+GOLD_FILE = next(iter(failures.files_of(ROW["patch"])))
+OTHER_FILE = next(path for path in FILES if path.endswith(".py") and "/" in path and not path.startswith("tests/")
+                  and path != GOLD_FILE and "def " in FILES[path])  # fmt: skip
+
+
+def at_the_top(path, line):
+    """A patch that puts a line at the top of a file."""
+    first = FILES[path].split("\n")[0]
+    return f"--- a/{path}\n+++ b/{path}\n@@ -1 +1,2 @@\n+{line}\n {first}\n"
+
+
+@pytest.mark.parametrize("patch, mode", [
+    (ROW["patch"], None), ("", "no_patch"), ("no patch\n", "patch_not_applied"),
+    (at_the_top(GOLD_FILE, "def"), "broken_code"), (at_the_top(OTHER_FILE, "import nowhere"), "broken_code"),
+    (at_the_top(OTHER_FILE, "# here"), "wrong_file"), (at_the_top(GOLD_FILE, "# here"), "tests_failed"),
+])  # fmt: skip
+def test_modes_of_patches_of_an_embedded_task(patch, mode):
+    verdict = grading.grade(ROW, patch) if patch else grading.no_patch(ROW)
+    assert metrics.failure_mode(ROW, None, patch, verdict) == mode
+    submitted = {"exit_status": "submitted", "messages": []}
+    assert metrics.failure_mode(ROW, submitted, patch, verdict) == mode
+    limit = {"exit_status": "turn_limit", "messages": []}  # the end comes before the patch, but not before success
+    assert metrics.failure_mode(ROW, limit, patch, verdict) == (mode and "turn_limit")
+    assert mode is None or mode in metrics.FAILURE_MODES
+    assert (failures.UNPARSED + GOLD_FILE in verdict["log"]) == ("+def\n" in patch)
+
+
+@pytest.mark.parametrize("commands, mode", [
+    ("abcc", "turn_limit"), ("abccc", "repeated_command"), ("xabab", "repeated_command"), ("xaba", "turn_limit"),
+    ("xabcabc", "repeated_command"), ("xabcdabcd", "repeated_command"), ("xabcdabce", "turn_limit"), ("ccca", "turn_limit"),
+    ("a--aa", "turn_limit"), ("---", "turn_limit"), ("", "turn_limit"),
+])  # fmt: skip
+def test_circles_of_commands(commands, mode):
+    """A letter is a turn with this command, a dash one without a command."""
+    messages = [{"role": "assistant", "command": None if letter == "-" else letter} for letter in commands]
+    verdict = grading.no_patch(ROW)
+    for end in ("turn_limit", "context_limit", "token_limit", "time_limit"):
+        found = metrics.failure_mode(ROW, {"exit_status": end, "messages": messages}, "", verdict)
+        assert found == (end if mode == "turn_limit" else mode)
+    for end, wanted in (("format_limit", "format_limit"), ("submitted", "no_patch")):
+        assert metrics.failure_mode(ROW, {"exit_status": end, "messages": messages}, "", verdict) == wanted
+
+
+@pytest.mark.parametrize("passed, log, broken", [
+    ([], "ERROR tests/test_a.py - ImportError: cannot import name 'x'\n", True),  # pytest -rA, as SWE-bench runs it
+    ([], "____ ERROR collecting tests/test_a.py ____\nE   NameError: name 'x' is not defined\n", True),
+    ([], "ERROR tests/test_b.py - ImportError: no x\n", False),  # another file, and no test of it passed before
+    (["tests/test_a.py::one"], "ERROR tests/test_a.py\n", False),
+    ([], "ImportError while loading conftest '/testbed/conftest.py'.\n", True),
+    ([], "FAILED tests/test_a.py::one - AssertionError: SyntaxError: expected\n", False),
+    ([], "Traceback (most recent call last):\nModuleNotFoundError: No module named 'x'\n", True),
+    ([], "killed after 120 s\n", False),
+])  # fmt: skip
+def test_broken_code_in_a_log_of_the_official_grader(passed, log, broken):
+    p2p = {"success": passed, "failure": ["tests/test_a.py::two"]}
+    verdict = {"resolved": False, "patch_applied": True, "log": log,
+               "tests_status": {"FAIL_TO_PASS": {"success": [], "failure": ["tests/test_b.py::new"]}, "PASS_TO_PASS": p2p}}  # fmt: skip
+    assert metrics.failure_mode({"patch": ""}, None, "x", verdict) == ("broken_code" if broken else "tests_failed")
+
+
+def test_the_files_of_a_patch():
+    patch = (
+        "diff --git a/a b.py b/a b.py\n--- a/a b.py\n+++ b/a b.py\n@@ -1,2 +1,2 @@\n--- a/not this\n+++ b/nor this\n-x\n"
+        "diff --git a/old.py b/new.py\nsimilarity index 100%\nrename from old.py\nrename to new.py\n"
+        "diff --git a/made.py b/made.py\nnew file mode 100644\n--- /dev/null\n+++ b/made.py\n@@ -0,0 +1 @@\n+x\n"
+    )
+    assert failures.files_of(patch) == {"a b.py", "old.py", "new.py", "made.py"}
+    assert failures.files_of("--- src/a.py\t2020-01-01\n+++ src/a.py\t2020-01-02\n@@ -1 +1 @@\n-a\n+b\n") == {"src/a.py"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Covariate shift
+
+def test_shift_by_hand():
+    """Turn 1: (2 * 1.0 + 6 * 3.0) / 8 = 2.5 nats a token before training; the unmeasured label counts for agreement."""
+    def row(turn, student_turns, agrees, tokens=None, before=None, after=None):
+        return {"turn": turn, "student_turns": student_turns, "agrees": agrees, "tokens": tokens, "before": before, "after": after}
+
+    lines = metrics.shift([
+        row(0, 0, None, 4, 0.5, 0.25), row(1, 0, True), row(1, 1, False, 2, 1.0, None), row(1, 1, True, 6, 3.0, 0.5), row(2, 2, True),
+    ])  # fmt: skip
+    shown = {(line.pop("history"), line.pop("turn")): tuple(line.values()) for line in lines}
+    assert shown == {  # labels, tokens, before, after, compared, agree
+        ("teacher", None): (1, 4, 0.5, 0.25, 1, 1.0),
+        ("teacher", 0): (1, 4, 0.5, 0.25, 0, None),
+        ("teacher", 1): (0, 0, None, None, 1, 1.0),
+        ("student", None): (2, 8, 2.5, 0.5, 3, 2 / 3),
+        ("student", 1): (2, 8, 2.5, 0.5, 2, 0.5),
+        ("student", 2): (0, 0, None, None, 1, 1.0),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs made by hand
+
+LIMITS = {"max_turns": 9, "max_context": 2048}
+
+
+def lines(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def manifest(path, settings, summary, **more):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"finished": 1.0, "seconds": 60.0, "settings": settings, "summary": summary, "commit": "c" * 40, "diff": ""}
+    path.write_text(json.dumps(content | more))
+
+
+def evaluation(place, resolved, *, on="toy:dev", seed=0, limits=LIMITS, tasks_hash="d0"):
+    """resolved: whether each of the tasks t0, t1, ... is."""
+    record = {"schema": schema.VERSION, "trajectory_id": None, "tests_status": {}, "exit_status": None, "failure_mode": None,
+              "turns": None, "tokens": None, "seconds": 0.0, "tampered": False}  # fmt: skip
+    lines(place / "results.jsonl", [record | {"instance_id": f"t{n}", "resolved": bool(good)} for n, good in enumerate(resolved)])
+    counted = {"tasks": len(resolved), "resolved": sum(resolved), **metrics.rate(sum(resolved), len(resolved))}
+    same = {"tasks": tasks_hash, "grader": "auto", "test_timeout": 120.0, "prompts": ["toy-1"], "limits": limits,
+            "student": {"sampling": {"temperature": 0.0}}}  # fmt: skip
+    settings = {"tasks": on, "student": "hf:m,adapter=a/b,quant=none", "seed": seed}
+    manifest(place / "manifest.json", settings, counted | {"tokens_in": 5, "tokens_out": 1}, same=same)
+
+
+def make_run(home, scores=((0, 0, 0, 1), (0, 1, 1, 1)), *, seed=0, mix="turn", keep=None, schedule="linear:2", data=None, test=None,
+             **options):  # fmt: skip
+    """A run with iterations 0, 1, ...: scores are the resolved tasks of each."""
+    home.mkdir(parents=True)
+    for number, resolved in enumerate(scores):
+        place = home / f"iter_{number:03d}"
+        evaluation(place / "eval", resolved, seed=seed, **options)
+        if number:
+            settings = {"mix": mix, "schedule": schedule, "beta": None, "prefix_turns": "0:2", "teacher": "oracle", "student": "hf:m",
+                        "seed": seed}  # fmt: skip
+            collected = {"trajectories": 1, "turns": 2, "teacher_turn_share": 0.5, "teacher_token_share": 0.4,
+                         **{f"{who}_tokens_{kind}": 10 for who in ("student", "teacher") for kind in ("in", "cached", "out")}}  # fmt: skip
+            manifest(place / "trajectories.jsonl.manifest.json", settings, collected | {"cost": 0.5})
+            used = data[number - 1] if data else [str(place)]
+            manifest(place / "adapter/manifest.json", {"data": used, "init_adapter": None, "keep": keep}, {"labels": 2, "loss": 0.1})
+    if test is not None:
+        best = max(range(1, len(scores)), key=lambda i: (sum(scores[i]), -i))
+        evaluation(home / f"test/iter_{best:03d}", test, on="toy:test", seed=seed, tasks_hash="t0")
+    return home
+
+
+def label_two_turns(place):
+    """The teacher acted at turn 0, the student at turn 1 otherwise than the teacher would; both labels are measured."""
+    turns = [{"role": "assistant", "turn": turn, "actor": actor} for turn, actor in enumerate(("teacher", "student", "student"))]
+    lines(place / "trajectories.jsonl", [{"trajectory_id": "t0.i1.a0", "messages": turns}])
+    label = {"schema": schema.VERSION, "trajectory_id": "t0.i1.a0", "instance_id": "t0", "iteration": 1, "label": "x", "valid": True,
+             "reason": None, "source": "queried", "teacher": {}, "tokens": {"in": 9, "cached": 0, "out": 3}, "seconds": 0.0}  # fmt: skip
+    lines(place / "labels.jsonl", [label | {"turn": turn, "agrees": agrees} for turn, agrees in enumerate((None, False, True))])
+    nll = {"trajectory_id": "t0.i1.a0", "instance_id": "t0", "iteration": 1, "tokens": 3, "student_turns": 0}
+    lines(place / "adapter/label_nll.jsonl", [nll | {"turn": 0, "before": 1.0, "after": 0.5},
+                                              nll | {"turn": 2, "before": 2.0, "after": 0.5, "student_turns": 1}])  # fmt: skip
+    manifest(place / "labels.jsonl.manifest.json", {"label_states": "all", "seed": 0},
+             {"states": 3, "tokens_in": 9, "tokens_cached": 0, "tokens_out": 3, "cost": 0.25})  # fmt: skip
+
+
+def test_the_summary_of_an_iteration(tmp_path):
+    home = make_run(tmp_path / "r")
+    label_two_turns(home / "iter_001")
+    found = metrics.write_summaries(home)
+    assert found.best == 1 and found.seed == 0 and found.settings["student"] == "hf:m,quant=none"
+    assert json.loads((home / "iter_001/summary.json").read_text()) == found.iterations[1]
+    first = found.iterations[1]
+    assert first["eval"]["resolved"] == 3 and first["eval"]["on"] == "toy:dev"
+    assert (first["labels"]["labels"], first["labels"]["per_task"], first["labels"]["label_tokens"]) == (3, 3.0, 9)
+    assert [line for line in first["shift"] if line["turn"] is None] == [
+        {"history": "teacher", "turn": None, "labels": 1, "tokens": 3, "before": 1.0, "after": 0.5, "compared": 1, "agree": 0.0},
+        {"history": "student", "turn": None, "labels": 1, "tokens": 3, "before": 2.0, "after": 0.5, "compared": 1, "agree": 1.0},
+    ]
+    assert first["cost"] == {
+        "teacher": {"in": 19, "cached": 10, "out": 13}, "student": {"in": 10, "cached": 10, "out": 10},
+        "eval": {"in": 5, "cached": None, "out": 1}, "dollars": 0.75,
+        "seconds": {"collect": 60.0, "labels": 60.0, "train": 60.0, "eval": 60.0},
+    }  # fmt: skip
+    assert {name: part for name, part in found.iterations[0].items() if name not in ("eval", "cost")} == dict.fromkeys(
+        ("collect", "labels", "train", "shift"))  # fmt: skip
+
+
+def test_the_names_of_arms(tmp_path):
+    kinds = {"dagger0": {}, "dagger1": {"seed": 1}, "sft": {"mix": "teacher"}, "sft_linear1": {"mix": "teacher", "schedule": "linear:1", "seed": 1},
+             "kept": {"mix": "teacher", "keep": "resolved"}, "aggrevate": {"mix": "prefix"}, "on": {"mix": "student"}}  # fmt: skip
+    runs = [metrics.read(make_run(tmp_path / name, **options)) for name, options in kinds.items()]
+    assert metrics.arm_names(runs) == ["DAgger linear:2"] * 2 + ["SFT"] * 2 + ["SFT, resolved only", "AggreVaTe 0:2", "on-policy"]
+    three = ((0, 0), (0, 1), (1, 1))
+    more = {"union": {"data": [["1"], ["1", "2"]]}, "window": {"data": [["1"], ["2"]]}}
+    union, window = (metrics.read(make_run(tmp_path / name, three, **options)) for name, options in more.items())
+    assert metrics.arm_names([union, window]) == ["DAgger linear:2, aggregate union", "DAgger linear:2, aggregate window:1"]
+    again = metrics.read(make_run(tmp_path / "again", three, data=more["union"]["data"]))
+    assert metrics.arm_names([union, again]) == ["DAgger linear:2 (union)", "DAgger linear:2 (again)"]
+    again.settings["code"] = "ccccccccc with changes 1a2b"
+    assert metrics.arm_names([union, again]) == ["DAgger linear:2 (ccccccccc)", "DAgger linear:2 (ccccccccc with changes 1a2b)"]
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"tasks_hash": "d1", "on": "toy:dev:4"}, r"tasks is toy:dev \(contents d0\) in .*a/iter_000/eval and toy:dev:4 \(contents d1\) in .*b/iter_000/eval"),
+    ({"limits": LIMITS | {"max_turns": 12}}, "limit max_turns is 9 in .* and 12 in "),
+    ({"limits": LIMITS | {"network": True}}, "limit network is None in .* and True in "),
+])  # fmt: skip
+def test_runs_that_cannot_be_compared_are_refused(tmp_path, options, message):
+    a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", **options)
+    with pytest.raises(InputError, match=f"these runs cannot be compared: {message}"):
+        metrics.check_comparable([metrics.read(a), metrics.read(b)])
+    metrics.check_comparable([metrics.read(a), metrics.read(a)])
+
+
+def table(*homes, code=0):
+    done = subprocess.run([sys.executable, "-m", "common.metrics", *homes], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def test_the_command_compares_arms_seed_by_seed_on_the_test_tasks(tmp_path):
+    sft = [make_run(tmp_path / f"sft{s}", mix="teacher", seed=s, test=[1, 0, 0, 0, 0, 0]) for s in range(2)]
+    dagger = [make_run(tmp_path / f"dagger{s}", seed=s, test=[1, 1, 1, 1, 0, s]) for s in range(2)]
+    (sft[1] / "iter_001").rename(sft[1] / "iter_002")
+    (sft[1] / "test/iter_001").rename(sft[1] / "test/iter_002")
+    shown = table(*sft, *dagger)
+    rows = [line.split() for line in shown.splitlines()]
+    assert [line for line in shown.splitlines() if "sft1" in line and "missing" in line] and (sft[0] / "iter_001/summary.json").exists()
+    assert "DAgger linear:2 against SFT, each at its chosen iteration, on toy:test" in shown
+    assert ["seed", "0", "16.7%", "66.7%", "+50.0"] in [row[:5] for row in rows] and "0.25" in shown
+    assert "2 seeds together: +58.3 points" in shown and "-47.6 to +164.2 (t over seeds)" in shown
+    (dagger[1] / "test/iter_001/manifest.json").unlink()
+    assert "on toy:dev; not both have met the test tasks" in table(*sft, *dagger)
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
+    assert "which runs?" in table(code=2)
+    assert table(tmp_path / "none", code=2) == f"error: {tmp_path}/none: no such directory; RUN=none ./run_loop.sh makes a run\n"
+    (tmp_path / "empty/iter_001").mkdir(parents=True)
+    assert table(tmp_path / "empty", code=2).startswith(f"error: {tmp_path}/empty: no finished stage in there")
+    a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", tasks_hash="d1")
+    assert table(a, b, code=2).startswith("error: these runs cannot be compared: tasks is toy:dev")
