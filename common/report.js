@@ -248,15 +248,16 @@ function resolvedCharts() {
 
 function resolvedOptions(arms, seeds, small) {
   const numbers = numbersOf(), last = numbers[numbers.length - 1];
-  const tested = data.runs.some((run) => arms.includes(run.arm) && run.tests.length);
+  const mine = data.runs.filter((run) => arms.includes(run.arm)), tested = mine.some((run) => run.tests.some((one) => one.chosen));
+  const gone = (number) => mine.every((run) => !run.iterations.some((one) => one.number === number && !one.missing));
   const series = arms.flatMap((arm) => armSeries(arm, seeds, small, last + 1));
   const top = Math.max(...data.runs.flatMap((run) => [...scored(run).map((one) => one.eval), ...run.tests.map((one) => one.score)]).map((score) => score.rate_high), 0.1);
-  const teachers = data.runs.filter((run) => arms.includes(run.arm) && run.teacher && known(run.teacher.rate));
+  const teachers = mine.filter((run) => run.teacher && known(run.teacher.rate));
   const reference = teachers.length ? Math.max(...teachers.map((run) => run.teacher.rate)) : null;
   const ceiling = known(reference) ? Math.max(top, reference) : top;
   return {
     name: "Resolved tasks by iteration; the table below has the same numbers",
-    x: { from: numbers[0], to: tested ? last + 1 : last, ticks: [...numbers.map((number) => [number, String(number)]), ...(tested ? [[last + 1, "test"]] : [])], title: small ? "" : "iteration" },
+    x: { from: numbers[0], to: tested ? last + 1 : last, ticks: [...numbers.map((number) => [number, gone(number) ? `${number} missing` : String(number)]), ...(tested ? [[last + 1, "test"]] : [])], title: small ? "" : "iteration" },
     y: { ticks: ticks(ceiling).filter((value) => value <= 1.001), text: (value) => percent(value), title: "resolved" },
     series,
     references: known(reference) ? [{ y: reference, text: `the teacher, ${percent(reference)}` }] : [],
@@ -308,7 +309,7 @@ function iterationTable(run) {
   const rows = run.iterations.map((one) => ({
     className: one.number === run.chosen ? "chosen" : "",
     cells: [one.number === run.chosen ? `${one.number} (chosen)` : String(one.number),
-      ...columns.map(([, value]) => { const text = one.missing ? null : value(one); return text || make("td", { className: "missing", textContent: one.missing ? "missing" : "\u2013" }); })],
+      ...(one.missing ? [make("td", { className: "missing", colSpan: columns.length, textContent: "missing" })] : columns.map(([, value]) => value(one) || missingCell("\u2013")))],
   }));
   return table(["iteration", ...columns.map(([head]) => head)], rows, { caption: `Resolved on ${run.tasks || "the evaluation tasks"}. agree: share of the student's turns with the teacher's command; minutes: collect, relabel and train.` });
 }
@@ -612,6 +613,7 @@ function fillList(anew) {
   const first = Math.max(0, Math.floor(list.scrollTop / ROW) - 6), last = Math.min(shown.length, first + Math.ceil(list.clientHeight / ROW) + 12);
   if (!anew && fillList.first === first && fillList.last === last) return;
   [fillList.first, fillList.last] = [first, last];
+  list.setAttribute("aria-activedescendant", opened === null ? "" : `row-${opened}`);
   inner.replaceChildren(...shown.slice(first, last).map((place, offset) => listRow(place, first + offset)));
   if (!shown.length) inner.replaceChildren(make("p", { className: "empty" }, trajectories.length ? "No trajectory is like that. " : "There are no trajectories yet.",
     trajectories.length ? make("button", { type: "button", textContent: "Clear the filters", onclick: () => { setFilters({}, ""); sayFilters(); } }) : null));
@@ -623,10 +625,15 @@ function listRow(place, position) {
   const turns = t.differ ? `${t.differ} of ${t.judged} differ` : plural(t.turns, "turn");
   const row = make("div", { className: "row", role: "option", id: `row-${place}`, title: visible(t.trajectory_id), "aria-selected": String(place === opened),
     "aria-setsize": shown.length, "aria-posinset": position + 1, onclick: () => openTrajectory(place, 0, true) },
-  make("span", { className: "id", textContent: visible(t.instance_id) }), make("span", { className: "right" }, resultOf(t)),
+  make("span", { className: "id" }, idParts(visible(t.instance_id))), make("span", { className: "right" }, resultOf(t)),
   make("span", { className: "about", textContent: where }), make("span", { className: "about right", textContent: turns }));
   row.style.top = `${position * ROW}px`;
   return row;
+}
+
+/** Where an id is too long, its middle goes: the end tells it from its neighbours. */
+function idParts(id) {
+  return [make("span", { textContent: id.slice(0, -8) }), make("span", { textContent: id.slice(-8) })];
 }
 
 function resultOf(t) {
@@ -693,12 +700,20 @@ function trajectoryParts(t, record) {
       position >= 0 ? make("span", { className: "quiet", textContent: `${whole(position + 1)} of ${whole(shown.length)}` }) : null),
     make("h1", { textContent: visible(t.trajectory_id) }),
     facts(t, record),
-    make("div", { className: "issue", textContent: visible(record.issue) }),
+    ...issueParts(visible(record.issue)),
     ...folds(record),
     strip(record),
     ...record.turns.map((turn, place) => turnParts(turn, place)),
     record.turns.length ? null : make("p", { className: "empty", textContent: "No turn was taken." }),
   ].filter(known);
+}
+
+function issueParts(text) {
+  const issue = make("div", { className: "issue", textContent: text });
+  if (text.length <= 900 && text.split("\n").length <= 12) return [issue];
+  issue.classList.add("clamped");
+  const button = make("button", { type: "button", className: "small", textContent: "the whole issue", onclick: () => { issue.classList.remove("clamped"); button.remove(); } });
+  return [issue, make("p", {}, button)];
 }
 
 function facts(t, record) {
