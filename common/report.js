@@ -1,25 +1,29 @@
 "use strict";
-// The page's one script, from top to bottom: small tools, the list's data, charts, the report, the viewer, keys, start.
-// Whatever a model or a program wrote reaches the page through textContent alone.
+// The first half of the page's script: small tools, the data, charts, the report. report_viewer.js follows it.
+// Whatever a model or a program wrote reaches the page as text alone (append of strings, textContent).
 
 // ---------------------------------------------------------------- tools
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (selector) => document.querySelector(selector);
 
-/** An element with properties, attributes (those with a dash, and role) and children; text children are text. */
-function make(tag, properties, ...children) {
+/** An element: make("p.quiet", {properties; attributes, if with a dash}, ...children). Texts among these stay text. */
+function make(name, ...rest) {
+  const [tag, ...classes] = name.split(".");
   const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties || {})) {
-    if (value === undefined || value === null) continue;
-    if (name.includes("-") || name === "role") element.setAttribute(name, value);
-    else element[name] = value;
+  element.classList.add(...classes);
+  const plain = rest[0] && Object.getPrototypeOf(rest[0]) === Object.prototype;
+  for (const [key, value] of Object.entries(plain ? rest.shift() : {})) {
+    if (!known(value)) continue;
+    if (key.includes("-") || key === "role") element.setAttribute(key, value);
+    else element[key] = value;
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== ""));
+  element.append(...rest.flat(Infinity).filter((child) => known(child) && child !== ""));
   return element;
 }
 
-const NOTHING_TO_SEE = new RegExp("[\\0-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u2069\\ufeff]", "g");
+const NOTHING_TO_SEE =
+  new RegExp("[\\0-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u2069\\ufeff]", "g");
 
 /** The text with what cannot be seen made visible: control characters, marks of direction, characters of no width. */
 function visible(text) {
@@ -30,7 +34,8 @@ function visible(text) {
   });
 }
 
-const percent = (share, digits = 0) => (share === null || share === undefined ? "\u2013" : `${(100 * share).toFixed(digits)} %`);
+const percent = (share, digits = 0) => (share === null || share === undefined ? "\u2013"
+  : `${(100 * share).toFixed(digits)} %`);
 const whole = (number) => Math.round(number).toLocaleString("en");
 const plural = (number, one, many = `${one}s`) => `${whole(number)} ${number === 1 ? one : many}`;
 const known = (value) => value !== null && value !== undefined;
@@ -49,7 +54,8 @@ function bytes(number) {
 
 const trajectories = data.rows.map((row) => Object.fromEntries(data.fields.map((name, place) => [name, row[place]])));
 trajectories.forEach((t) => { t.text = `${t.instance_id}\n${data.issues[t.issue]}`.toLowerCase(); });
-const byPlace = new Map(trajectories.map((t, index) => [JSON.stringify([data.runs[t.run].name, t.place, t.trajectory_id]), index]));
+const byPlace = new Map(trajectories.map((t, index) =>
+  [JSON.stringify([data.runs[t.run].name, t.place, t.trajectory_id]), index]));
 
 const unpacked = new Map(); // number -> promise of a list; the latest few are kept
 const KEPT = 4;
@@ -91,11 +97,12 @@ const SHAPES = [
   (r) => `M0 ${-1.3 * r}L${1.2 * r} ${r}H${-1.2 * r}z`,
   (r) => `M0 ${-1.4 * r}L${1.4 * r} 0L0 ${1.4 * r}L${-1.4 * r} 0z`,
   (r) => `M0 ${1.3 * r}L${1.2 * r} ${-r}H${-1.2 * r}z`,
-  (r) => `M${-r} ${-r / 2.5}h${r / 1.7}v${-r / 1.7}h${r * 0.8}v${r / 1.7}h${r / 1.7}v${r * 0.8}h${-r / 1.7}v${r / 1.7}h${-r * 0.8}v${-r / 1.7}h${-r / 1.7}z`,
+  (r) => `M${-r} ${-r}L${r} ${r}M${-r} ${r}L${r} ${-r}M${-1.2 * r} 0H${1.2 * r}M0 ${-1.2 * r}V${1.2 * r}z`,
 ];
 
 function mark(shape, x, y, size, style) {
-  return draw("path", { d: SHAPES[shape % SHAPES.length](size), transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})`, class: style });
+  return draw("path", { d: SHAPES[shape % SHAPES.length](size), transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})`,
+    class: style });
 }
 
 /** Round numbers from 0 to at least `top`. */
@@ -110,20 +117,23 @@ function ticks(top, about = 5) {
 /**
  * A line chart as SVG, drawn for `width` pixels.
  *   x: {ticks: [[value, text]], from, to, title}   y: {ticks: [value], text: value -> string, title}
- *   series: [{label, colour: "c0", shape, style: "bold"|"thin"|"", dashed, hollow, points: [{x, y, low, high, ring, text, gap}]}]
+ *   series: [{label, colour: "c0", shape, style: "bold"|"thin"|"", dashed, hollow,
+ *             points: [{x, y, low, high, ring, tag, text, gap}]}]
  *   references: [{y, text}]   name: what a screen reader says
  */
 function chart({ x, y, series, references = [], name, height = 250 }, width) {
   const labels = series.filter((one) => one.label && one.points.length);
   const longest = Math.max(0, ...labels.map((one) => one.label.length));
-  const room = { left: 46, top: 22, bottom: x.title ? 42 : 26, right: Math.max(14, Math.min(longest * 6.9 + 16, width * 0.4)) };
+  const room = { left: 46, top: 22, bottom: x.title ? 42 : 26,
+    right: Math.max(14, Math.min(longest * 6.9 + 16, width * 0.4)) };
   const right = width - room.right, bottom = height - room.bottom;
   const top = y.ticks[y.ticks.length - 1];
   const atX = (value) => room.left + 10 + ((value - x.from) / (x.to - x.from || 1)) * (right - room.left - 20);
   const atY = (value) => bottom - (value / top) * (bottom - room.top);
   const picture = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": name });
   for (const value of y.ticks) {
-    picture.append(draw("line", { class: value ? "grid" : "axis", x1: room.left, x2: right, y1: atY(value), y2: atY(value) }));
+    picture.append(draw("line", { class: value ? "grid" : "axis", x1: room.left, x2: right, y1: atY(value),
+      y2: atY(value) }));
     picture.append(draw("text", { x: room.left - 8, y: atY(value) + 4, "text-anchor": "end" }, y.text(value)));
   }
   picture.append(draw("text", { x: 0, y: 10 }, y.title));
@@ -133,32 +143,39 @@ function chart({ x, y, series, references = [], name, height = 250 }, width) {
     before = atX(value);
     picture.append(draw("text", { x: before, y: bottom + 17, "text-anchor": "middle" }, text));
   }
-  if (x.title) picture.append(draw("text", { x: (room.left + right) / 2, y: height - 6, "text-anchor": "middle" }, x.title));
+  if (x.title) picture.append(draw("text", { x: (room.left + right) / 2, y: height - 6, "text-anchor": "middle" },
+    x.title));
   for (const one of references) {
     picture.append(draw("line", { class: "reference", x1: room.left, x2: right, y1: atY(one.y), y2: atY(one.y) }));
-    picture.append(draw("text", { x: room.left + 6, y: atY(one.y) + (atY(one.y) < room.top + 14 ? 14 : -5) }, one.text));
+    picture.append(draw("text", { x: room.left + 6, y: atY(one.y) + (atY(one.y) < room.top + 14 ? 14 : -5) },
+      one.text));
   }
   for (const one of series) picture.append(line(one, atX, atY));
   placeLabels(labels, atX, atY, room.top, bottom).forEach(({ one, x: left, y: down }) =>
-    picture.append(draw("g", { class: one.colour }, mark(one.shape || 0, right + 6, down - 4, 3, one.hollow ? "hollow" : "mark"),
+    picture.append(draw("g", { class: one.colour }, mark(one.shape || 0, right + 6, down - 4, 3,
+      one.hollow ? "hollow" : "mark"),
       draw("text", { class: "label", x: right + 13, y: down }, shorten(one.label, room.right - 14)))));
   return picture;
 }
 
-const shorten = (text, room) => (text.length * 6.9 <= room + 6 ? text : `${text.slice(0, Math.max(3, Math.floor(room / 6.9) - 1))}\u2026`);
+const shorten = (text, room) => (text.length * 6.9 <= room + 6 ? text
+  : `${text.slice(0, Math.max(3, Math.floor(room / 6.9) - 1))}\u2026`);
 
 function line(one, atX, atY) {
   const group = draw("g", { class: [one.colour, one.style, one.dashed ? "dashed" : ""].filter(Boolean).join(" ") });
   let path = "";
-  one.points.forEach((point, place) => { path += `${place && !point.gap ? "L" : "M"}${atX(point.x).toFixed(1)} ${atY(point.y).toFixed(1)}`; });
+  one.points.forEach((point,
+    place) => { path += `${place && !point.gap ? "L" : "M"}${atX(point.x).toFixed(1)} ${atY(point.y).toFixed(1)}`; });
   group.append(draw("path", { class: "line", d: path || "M0 0" }));
   for (const point of one.points) {
     const px = atX(point.x), py = atY(point.y);
     const spot = draw("g", {}, draw("title", {}, point.text || ""));
-    if (known(point.low)) spot.append(draw("line", { class: "whisker", x1: px, x2: px, y1: atY(point.low), y2: atY(point.high) }));
+    if (known(point.low)) spot.append(draw("line", { class: "whisker", x1: px, x2: px, y1: atY(point.low),
+      y2: atY(point.high) }));
     if (point.ring) spot.append(draw("circle", { class: "ring", cx: px, cy: py, r: one.style === "thin" ? 5.5 : 8 }));
     spot.append(mark(one.shape || 0, px, py, one.style === "thin" ? 2.5 : 4, one.hollow ? "hollow" : "mark"));
-    if (point.tag) spot.append(draw("text", { x: px + (point.tagAt === "left" ? -9 : 0), y: py - 10, "text-anchor": point.tagAt === "left" ? "end" : "middle" }, point.tag));
+    if (point.tag) spot.append(draw("text", { x: px + (point.tagAt === "left" ? -9 : 0), y: py - 10,
+      "text-anchor": point.tagAt === "left" ? "end" : "middle" }, point.tag));
     group.append(spot);
   }
   return group;
@@ -166,7 +183,8 @@ function line(one, atX, atY) {
 
 /** Labels at the ends of their lines, pushed apart so that none covers another. */
 function placeLabels(labels, atX, atY, top, bottom) {
-  const placed = labels.map((one) => ({ one, y: atY(one.points[one.points.length - 1].y) + 4 })).sort((a, b) => a.y - b.y);
+  const placed = labels.map((one) => ({ one, y: atY(one.points[one.points.length - 1].y) + 4 }))
+    .sort((a, b) => a.y - b.y);
   placed.forEach((label, place) => { if (place) label.y = Math.max(label.y, placed[place - 1].y + 15); });
   let limit = bottom + 8;
   for (const label of placed.slice().reverse()) { label.y = Math.min(label.y, limit); limit = label.y - 15; }
@@ -176,7 +194,7 @@ function placeLabels(labels, atX, atY, top, bottom) {
 /** A figure that draws itself again when its width changes. */
 function figure(title, options, caption) {
   const place = make("div");
-  const whole = make("figure", {}, title ? make("h4", { textContent: title }) : null, place, caption ? make("figcaption", { textContent: caption }) : null);
+  const whole = make("figure", title ? make("h4", title) : null, place, caption ? make("figcaption", caption) : null);
   let drawn = 0;
   new ResizeObserver(() => {
     const width = Math.floor(place.clientWidth);
@@ -187,15 +205,18 @@ function figure(title, options, caption) {
 
 /** A table: heads, rows of texts or elements; a row may be {cells, className}. */
 function table(heads, rows, { caption, className, textColumns = 1 } = {}) {
-  const cell = (tag, content, place) => make(tag, { className: place < textColumns ? "text" : "", scope: tag === "th" ? (place || heads === null ? "col" : "row") : undefined }, content);
+  const cell = (tag, content, place) => make(tag, { className: place < textColumns ? "text" : "",
+    scope: tag === "th" ? (place || heads === null ? "col" : "row") : undefined }, content);
   const body = rows.map((row) => {
     const { cells, className: name } = Array.isArray(row) ? { cells: row } : row;
-    return make("tr", { className: name || "" }, cells.map((content, place) => (content instanceof HTMLTableCellElement ? content : cell(place ? "td" : "th", content, place))));
+    return make("tr", { className: name || "" }, cells.map((content, place) =>
+      (content instanceof HTMLTableCellElement ? content : cell(place ? "td" : "th", content, place))));
   });
-  return make("div", { className: "scroll", tabIndex: 0, role: "region", "aria-label": caption || "table" },
-    make("table", { className: className || "" }, caption ? make("caption", { textContent: caption }) : null,
-      make("thead", {}, make("tr", {}, heads.map((head, place) => make("th", { className: place < textColumns ? "text" : "", scope: "col", textContent: head })))),
-      make("tbody", {}, body)));
+  return make("div.scroll", { tabIndex: 0, role: "region", "aria-label": caption || "table" },
+    make("table", { className: className || "" }, caption ? make("caption", caption) : null,
+      make("thead", make("tr", heads.map((head, place) =>
+        make("th", { className: place < textColumns ? "text" : "", scope: "col", textContent: head })))),
+      make("tbody", body)));
 }
 
 const paragraph = (text, className) => make("p", { textContent: text, className: className || "" });
@@ -204,7 +225,8 @@ const paragraph = (text, className) => make("p", { textContent: text, className:
 
 const RANGE = (score) => `${percent(score.rate_low)} to ${percent(score.rate_high)}`;
 const colourOf = (arm) => `c${arm % 7}`;
-const numbersOf = () => [...new Set(data.runs.flatMap((run) => run.iterations.map((one) => one.number)))].sort((a, b) => a - b);
+const numbersOf = () => [...new Set(data.runs.flatMap((run) => run.iterations.map((one) => one.number)))].sort((a, b) =>
+  a - b);
 const scored = (run) => run.iterations.filter((one) => one.eval && known(one.eval.rate));
 
 function showReport() {
@@ -235,29 +257,36 @@ function showOverview() {
 
 /** What is missing, in words. */
 function waitingNotes() {
-  return data.runs.flatMap((run) => run.missing.map((text) => paragraph(`${data.runs.length > 1 ? `${visible(run.name)}: ` : ""}${text}`, "note")));
+  return data.runs.flatMap((run) => run.missing.map((text) =>
+    paragraph(`${data.runs.length > 1 ? `${visible(run.name)}: ` : ""}${text}`, "note")));
 }
 
 function resolvedCharts() {
-  const caption = "Bars: 95 % Wilson intervals of one evaluation. A ring marks the iteration that was chosen on these tasks; the best of several rates is a little too high, the test score is not.";
+  const caption = "Bars: 95 % Wilson intervals of one evaluation. A ring marks the iteration that was chosen on " +
+    "these tasks; the best of several rates is a little too high, the test score is not.";
   if (data.arms.length === 1) return figure("", resolvedOptions(data.arms.map((_, arm) => arm), true), caption);
   const all = figure("Mean of the seeds", resolvedOptions(data.arms.map((_, arm) => arm), false));
-  const each = make("div", { className: "panels" }, data.arms.map((name, arm) => figure(visible(name), { ...resolvedOptions([arm], true, true), height: 220 })));
-  return [all, make("h3", { textContent: "Each arm, its seeds thin" }), each, paragraph(caption, "small")];
+  const each = make("div.panels", data.arms.map((name, arm) =>
+    figure(visible(name), { ...resolvedOptions([arm], true, true), height: 220 })));
+  return [all, make("h3", "Each arm, its seeds thin"), each, paragraph(caption, "small")];
 }
 
 function resolvedOptions(arms, seeds, small) {
   const numbers = numbersOf(), last = numbers[numbers.length - 1];
-  const mine = data.runs.filter((run) => arms.includes(run.arm)), tested = mine.some((run) => run.tests.some((one) => one.chosen));
+  const mine = data.runs.filter((run) => arms.includes(run.arm)),
+    tested = mine.some((run) => run.tests.some((one) => one.chosen));
   const gone = (number) => mine.every((run) => !run.iterations.some((one) => one.number === number && !one.missing));
   const series = arms.flatMap((arm) => armSeries(arm, seeds, small, last + 1));
-  const top = Math.max(...data.runs.flatMap((run) => [...scored(run).map((one) => one.eval), ...run.tests.map((one) => one.score)]).map((score) => score.rate_high), 0.1);
+  const top = Math.max(...data.runs.flatMap((run) => [...scored(run).map((one) => one.eval),
+    ...run.tests.map((one) => one.score)]).map((score) => score.rate_high), 0.1);
   const teachers = mine.filter((run) => run.teacher && known(run.teacher.rate));
   const reference = teachers.length ? Math.max(...teachers.map((run) => run.teacher.rate)) : null;
   const ceiling = known(reference) ? Math.max(top, reference) : top;
   return {
     name: "Resolved tasks by iteration; the table below has the same numbers",
-    x: { from: numbers[0], to: tested ? last + 1 : last, ticks: [...numbers.map((number) => [number, gone(number) ? `${number} missing` : String(number)]), ...(tested ? [[last + 1, "test"]] : [])], title: small ? "" : "iteration" },
+    x: { from: numbers[0], to: tested ? last + 1 : last,
+      ticks: [...numbers.map((number) => [number, gone(number) ? `${number} missing` : String(number)]),
+      ...(tested ? [[last + 1, "test"]] : [])], title: small ? "" : "iteration" },
     y: { ticks: ticks(ceiling).filter((value) => value <= 1.001), text: (value) => percent(value), title: "resolved" },
     series,
     references: known(reference) ? [{ y: reference, text: `the teacher, ${percent(reference)}` }] : [],
@@ -271,26 +300,39 @@ function armSeries(arm, seeds, small, testAt) {
   const colour = colourOf(arm), series = [];
   const spread = (place) => (lone || !seeds ? 0 : ((place + 0.5) / runs.length - 0.5) * 0.24);
   if (seeds || lone)
-    runs.forEach((run, place) => series.push({ colour, shape: arm, style: lone ? "bold" : "thin", label: lone && !small && data.arms.length > 1 ? visible(data.arms[arm]) : "",
-      points: [...scored(run).map((one, at, all) => scorePoint(one.number + spread(place), one.eval, `${run.name}, iteration ${one.number}`, one.number === run.chosen, at > 0 && one.number !== all[at - 1].number + 1)),
-        ...run.tests.filter((one) => one.chosen).map((one) => scorePoint(testAt + spread(place), one.score, `${run.name}, test`, false, true))] }));
+    runs.forEach((run, place) => series.push({ colour, shape: arm, style: lone ? "bold" : "thin",
+      label: lone && !small && data.arms.length > 1 ? visible(data.arms[arm]) : "",
+      points: [...scored(run).map((one, at, all) => scorePoint(one.number + spread(place), one.eval,
+        `${run.name}, iteration ${one.number}`, one.number === run.chosen,
+        at > 0 && one.number !== all[at - 1].number + 1)),
+        ...run.tests.filter((one) => one.chosen).map((one) =>
+          scorePoint(testAt + spread(place), one.score, `${run.name}, test`, false, true))] }));
   if (!lone && runs.length) {
     const mean = data.means[arm];
-    series.push({ colour, shape: arm, style: "bold", label: small || data.arms.length === 1 ? "" : visible(data.arms[arm]),
-      points: [...mean.iterations.map((one, at, all) => ({ x: one.number, y: one.rate, gap: at > 0 && one.number !== all[at - 1].number + 1, text: `${data.arms[arm]}, iteration ${one.number}: mean ${percent(one.rate, 1)} of ${plural(one.seeds, "seed")}` })),
-        ...(mean.test ? [{ x: testAt, y: mean.test.rate, gap: true, text: `${data.arms[arm]}, test: mean ${percent(mean.test.rate, 1)} of ${plural(mean.test.seeds, "seed")}` }] : [])] });
+    series.push({ colour, shape: arm, style: "bold", label: small || data.arms.length === 1 ? ""
+      : visible(data.arms[arm]),
+      points: [...mean.iterations.map((one, at, all) =>
+        ({ x: one.number, y: one.rate, gap: at > 0 && one.number !== all[at - 1].number + 1,
+        text: `${data.arms[arm]}, iteration ${one.number}: ${meanWords(one)}` })),
+        ...(mean.test
+          ? [{ x: testAt, y: mean.test.rate, gap: true, text: `${data.arms[arm]}, test: ${meanWords(mean.test)}` }]
+          : [])] });
   }
   return series;
 }
 
+const meanWords = (mean) => `mean ${percent(mean.rate, 1)} of ${plural(mean.seeds, "seed")}`;
+
 function scorePoint(x, score, name, ring, gap) {
-  return { x, y: score.rate, low: score.rate_low, high: score.rate_high, ring, gap, text: `${name}: ${scoreWords(score)} (${RANGE(score)})` };
+  return { x, y: score.rate, low: score.rate_low, high: score.rate_high, ring, gap,
+    text: `${name}: ${scoreWords(score)} (${RANGE(score)})` };
 }
 
-const scoreWords = (score) => (known(score.rate) ? `${score.resolved}/${score.tasks} = ${percent(score.rate)}` : "not scored");
+const scoreWords = (score) => (known(score.rate) ? `${score.resolved}/${score.tasks} = ${percent(score.rate)}`
+  : "not scored");
 
 function missingCell(text = "missing") {
-  return make("td", { className: "missing", textContent: text });
+  return make("td.missing", text);
 }
 
 /** One run: a line an iteration. */
@@ -309,9 +351,12 @@ function iterationTable(run) {
   const rows = run.iterations.map((one) => ({
     className: one.number === run.chosen ? "chosen" : "",
     cells: [one.number === run.chosen ? `${one.number} (chosen)` : String(one.number),
-      ...(one.missing ? [make("td", { className: "missing", colSpan: columns.length, textContent: "missing" })] : columns.map(([, value]) => value(one) || missingCell("\u2013")))],
+      ...(one.missing ? [make("td.missing", { colSpan: columns.length, textContent: "missing" })]
+        : columns.map(([, value]) => value(one) || missingCell("\u2013")))],
   }));
-  return table(["iteration", ...columns.map(([head]) => head)], rows, { caption: `Resolved on ${run.tasks || "the evaluation tasks"}. agree: share of the student's turns with the teacher's command; minutes: collect, relabel and train.` });
+  return table(["iteration", ...columns.map(([head]) => head)], rows,
+    { caption: `Resolved on ${run.tasks || "the evaluation tasks"}. agree: share of the student's turns with the ` +
+      "teacher's command; minutes: collect, relabel and train." });
 }
 
 /** Several runs: a line a run, grouped by arm, and each arm's mean. */
@@ -320,57 +365,80 @@ function comparisonTable() {
   data.arms.forEach((name, arm) => {
     const runs = data.runs.filter((run) => run.arm === arm);
     runs.forEach((run, place) => rows.push({ className: place === 0 && rows.length ? "group" : "",
-      cells: [place === 0 ? visible(name) : "", make("td", { className: "text", textContent: visible(run.name) }), String(known(run.seed) ? run.seed : "\u2013"),
-        ...numbers.map((number) => scoreCell(run.iterations.find((one) => one.number === number), run.chosen === number)), testCell(run)] }));
+      cells: [place === 0 ? visible(name) : "", make("td.text", visible(run.name)),
+        String(known(run.seed) ? run.seed : "\u2013"),
+        ...numbers.map((number) => scoreCell(run.iterations.find((one) => one.number === number),
+          run.chosen === number)), testCell(run)] }));
     const mean = data.means[arm];
-    if (runs.length > 1) rows.push({ className: "chosen", cells: ["", make("td", { className: "text", textContent: "mean" }), "",
-      ...numbers.map((number) => { const one = mean.iterations.find((item) => item.number === number); return one ? percent(one.rate, 1) : missingCell("\u2013"); }), mean.test ? percent(mean.test.rate, 1) : missingCell("\u2013")] });
+    if (runs.length > 1) rows.push({ className: "chosen", cells: ["", make("td.text", "mean"), "",
+      ...numbers.map((number) => { const one = mean.iterations.find((item) => item.number === number);
+        return one ? percent(one.rate, 1) : missingCell("\u2013"); }),
+        mean.test ? percent(mean.test.rate, 1) : missingCell("\u2013")] });
   });
-  return table(["arm", "run", "seed", ...numbers.map((number) => `iteration ${number}`), "test (chosen)"], rows, { caption: `Resolved on ${data.runs[0].tasks || "the evaluation tasks"}, with 95 % intervals. The chosen iteration is bold.`, textColumns: 2 });
+  return table(["arm", "run", "seed", ...numbers.map((number) => `iteration ${number}`), "test (chosen)"], rows,
+    { caption: `Resolved on ${data.runs[0].tasks || "the evaluation tasks"}, with 95 % intervals. The chosen ` +
+      "iteration is bold.", textColumns: 2 });
 }
 
 function scoreCell(one, chosenOne) {
   if (!one || one.missing) return missingCell();
   if (!one.eval || !known(one.eval.rate)) return missingCell("not yet");
-  return make("td", { title: RANGE(one.eval) }, make(chosenOne ? "b" : "span", { textContent: scoreWords(one.eval) }), make("br"), make("span", { className: "small", textContent: RANGE(one.eval) }));
+  return make("td", { title: RANGE(one.eval) }, make(chosenOne ? "b" : "span", { textContent: scoreWords(one.eval) }),
+    make("br"), make("span.small", RANGE(one.eval)));
 }
 
 function testCell(run) {
   const one = run.tests.find((item) => item.chosen) || run.tests[0];
-  return one ? make("td", {}, scoreWords(one.score), make("br"), make("span", { className: "small", textContent: `iteration ${one.iteration}, ${RANGE(one.score)}` })) : missingCell("not yet");
+  return one ? make("td", scoreWords(one.score), make("br"),
+    make("span.small", `iteration ${one.iteration}, ${RANGE(one.score)}`)) : missingCell("not yet");
 }
 
 function testTable() {
   if (data.runs.length > 1) return null;
   const run = data.runs[0], rows = [];
-  for (const one of run.tests) rows.push([`test, iteration ${one.iteration}${one.chosen ? " (chosen)" : " (not the chosen one)"}`, make("td", { className: "text", textContent: one.tasks }), scoreWords(one.score), RANGE(one.score)]);
-  if (run.teacher && known(run.teacher.rate)) rows.push(["the teacher itself", make("td", { className: "text", textContent: run.tasks }), scoreWords(run.teacher), RANGE(run.teacher)]);
+  for (const one of run.tests) {
+    const name = `test, iteration ${one.iteration}${one.chosen ? " (chosen)" : " (not the chosen one)"}`;
+    rows.push([name, make("td.text", one.tasks), scoreWords(one.score), RANGE(one.score)]);
+  }
+  if (run.teacher && known(run.teacher.rate)) rows.push(["the teacher itself", make("td.text", run.tasks),
+    scoreWords(run.teacher), RANGE(run.teacher)]);
   if (!run.tests.length) rows.push(["test", missingCell("not yet"), missingCell("not yet"), missingCell("not yet")]);
-  return [make("h3", { textContent: "The test score, and the teacher's" }), table(["", "tasks", "resolved", "95 %"], rows, { textColumns: 2 })];
+  return [make("h3", "The test score, and the teacher's"),
+    table(["", "tasks", "resolved", "95 %"], rows, { textColumns: 2 })];
 }
 
 /** By kind of task, where the tasks say their kind. */
 function groupTable() {
   const rows = data.runs.flatMap((run) => {
     const best = run.tests.find((one) => one.chosen) || run.tests[0];
-    return best ? Object.entries(best.score.groups || {}).map(([name, score]) => [visible(name), ...(data.runs.length > 1 ? [make("td", { className: "text", textContent: visible(run.name) })] : []), scoreWords(score), RANGE(score)]) : [];
+    return best ? Object.entries(best.score.groups || {})
+      .map(([name, score]) => [visible(name), ...(data.runs.length > 1 ? [make("td.text", visible(run.name))] : []),
+      scoreWords(score), RANGE(score)]) : [];
   });
   if (!rows.length) return null;
-  return make("details", { className: "fold" }, make("summary", { textContent: "The test score by kind of task" }), table(["tasks", ...(data.runs.length > 1 ? ["run"] : []), "resolved", "95 %"], rows, { textColumns: data.runs.length > 1 ? 2 : 1 }));
+  return make("details.fold", make("summary", "The test score by kind of task"),
+    table(["tasks", ...(data.runs.length > 1 ? ["run"] : []), "resolved", "95 %"], rows,
+    { textColumns: data.runs.length > 1 ? 2 : 1 }));
 }
 
 function pairedTables() {
   if (!data.pairs.length) return null;
   const points = (value) => `${value > 0 ? "+" : value < 0 ? "\u2212" : ""}${Math.abs(100 * value).toFixed(1)}`;
-  const rows = data.pairs.map((pair) => [visible(pair.name), make("td", { className: "text", textContent: pair.tasks }), whole(pair.n), known(pair.only_b) ? `${pair.only_b} / ${pair.only_a}` : "", points(pair.difference), `${points(pair.low)} to ${points(pair.high)}`, known(pair.p) ? String(Number(pair.p.toPrecision(2))) : ""]);
-  return [make("h3", { textContent: "Paired comparisons" }), table(["compared", "on", "pairs", "only the first / only the second resolved", "points", "95 %", "p"], rows, { textColumns: 2 }), data.pair_notes.map((text) => paragraph(text, "small"))];
+  const rows = data.pairs.map((pair) => [visible(pair.name), make("td.text", pair.tasks), whole(pair.n),
+    known(pair.only_b) ? `${pair.only_b} / ${pair.only_a}` : "", points(pair.difference),
+    `${points(pair.low)} to ${points(pair.high)}`, known(pair.p) ? String(Number(pair.p.toPrecision(2))) : ""]);
+  return [make("h3", "Paired comparisons"), table(["compared", "on", "pairs",
+    "only the first / only the second resolved", "points", "95 %", "p"], rows, { textColumns: 2 }),
+    data.pair_notes.map((text) => paragraph(text, "small"))];
 }
 
 function settingsTable() {
   const names = [...new Set(data.runs.flatMap((run) => Object.keys(run.settings)))];
   if (!names.length) return null;
-  const rows = names.map((name) => [name, ...data.runs.map((run) => make("td", { className: "text", textContent: visible(String(run.settings[name] ?? "\u2013")) }))]);
-  return make("details", { className: "fold" }, make("summary", { textContent: "Settings" }), table(["", ...data.runs.map((run) => visible(run.name))], rows, { textColumns: 1 + data.runs.length }));
+  const rows = names.map((name) => [name, ...data.runs.map((run) =>
+    make("td.text", visible(String(run.settings[name] ?? "\u2013"))))]);
+  return make("details.fold", make("summary", "Settings"),
+    table(["", ...data.runs.map((run) => visible(run.name))], rows, { textColumns: 1 + data.runs.length }));
 }
 
 /** Content for one run at a time, with a choice where there are several. */
@@ -378,9 +446,10 @@ function byRun(draw) {
   const place = make("div"), show = (index) => place.replaceChildren(...[draw(data.runs[index])].flat().filter(known));
   show(0);
   if (data.runs.length === 1) return [place];
-  const select = make("select", {}, data.runs.map((run, index) => make("option", { value: index, textContent: `${data.arms[run.arm]}: ${run.name}` })));
+  const select = make("select", data.runs.map((run, index) =>
+    make("option", { value: index, textContent: `${data.arms[run.arm]}: ${run.name}` })));
   select.addEventListener("change", () => show(Number(select.value)));
-  return [make("label", { className: "picker" }, "Run", select), place];
+  return [make("label.picker", "Run", select), place];
 }
 
 // ---- covariate shift
@@ -388,50 +457,81 @@ function byRun(draw) {
 const HISTORIES = { teacher: "teacher alone", student: "with student" };
 
 function showShift() {
-  fill("shift", paragraph("A student imitates the teacher's demonstrations, and then acts in states that its own turns brought about. How well does it predict the teacher there? The lower the negative log-likelihood of the teacher's label (nats per token), the better; where the two histories lie apart, that is the shift."));
-  const first = paragraph("Measured in a sample of the newest trajectories of each iteration: before, under the student that collected them; after, under the one that was trained on them.", "small");
+  fill("shift", paragraph("A student imitates the teacher's demonstrations, and then acts in states that its own " +
+    "turns brought about. How well does it predict the teacher there? The lower the negative log-likelihood of the " +
+    "teacher's label (nats per token), the better; where the two histories lie apart, that is the shift."));
+  const first = paragraph("Measured in a sample of the newest trajectories of each iteration: before, under the " +
+    "student that collected them; after, under the one that was trained on them.", "small");
   fill("shift", first, byRun(shiftOf));
 }
 
 function shiftOf(run) {
-  const measured = run.iterations.filter((one) => one.shift && one.shift.some((row) => known(row.before) || known(row.after)));
+  const measured = run.iterations.filter((one) => one.shift
+    && one.shift.some((row) => known(row.before) || known(row.after)));
   const parts = [];
   if (measured.length) {
     const overall = (one, history) => one.shift.find((row) => row.history === history && row.turn === null);
-    parts.push(make("div", { className: "panels" }, figure("All turns, by iteration", shiftOptions(measured.map((one) => one.number), "iteration", (history, number, when) => value(overall(measured.find((one) => one.number === number), history), when))),
-      ...measured.map((one) => figure(`Iteration ${one.number}, by turn`, shiftOptions([...new Set(one.shift.map((row) => row.turn).filter(known))].sort((a, b) => a - b), "turn", (history, turn, when) => value(one.shift.find((row) => row.history === history && row.turn === turn), when), measured)))));
-    parts.push(paragraph("Dashed and hollow: before training. Solid: after it. Squares: histories that the teacher alone made; circles: histories with student turns.", "small"));
-  } else parts.push(paragraph("The likelihood of labels was not measured in this run (adapter/label_nll.jsonl is not there).", "note"));
+    parts.push(make("div.panels", figure("All turns, by iteration",
+      shiftOptions(measured.map((one) => one.number), "iteration",
+      (history, number, when) => value(overall(measured.find((one) => one.number === number), history), when))),
+      ...measured.map((one) => figure(`Iteration ${one.number}, by turn`,
+        shiftOptions([...new Set(one.shift.map((row) => row.turn).filter(known))].sort((a, b) => a - b), "turn",
+        (history, turn, when) => value(one.shift.find((row) => row.history === history && row.turn === turn), when),
+        measured)))));
+    parts.push(paragraph("Dashed and hollow: before training. Solid: after it. Squares: histories that the teacher " +
+      "alone made; circles: histories with student turns.", "small"));
+  } else {
+    parts.push(paragraph("The likelihood of labels was not measured in this run: there is no adapter/label_nll.jsonl.",
+      "note"));
+  }
   return [...parts, ...agreement(run), shiftTable(run)];
 }
 
-const value = (row, when) => (row && known(row[when]) ? { y: row[when], text: `${plural(row.labels, "label")}, ${plural(row.tokens, "token")}` } : null);
+const value = (row, when) => (row && known(row[when]) ? { y: row[when],
+  text: `${plural(row.labels, "label")}, ${plural(row.tokens, "token")}` } : null);
 
 function shiftOptions(xs, title, valueOf, all) {
   const series = [];
   for (const [history, colour, shape] of [["student", "cs", 0], ["teacher", "ct", 1]])
     for (const when of ["before", "after"]) {
-      const points = xs.map((x) => [x, valueOf(history, x, when)]).filter(([, found]) => found).map(([x, found], place) => ({ x, y: found.y, text: `${title} ${x}, ${HISTORIES[history]}, ${when}: ${found.y.toFixed(3)} (${found.text})` }));
-      if (points.length) series.push({ colour, shape, dashed: when === "before", hollow: when === "before", label: `${HISTORIES[history]}, ${when}`, points });
+      const points = xs.map((x) => [x, valueOf(history, x, when)]).filter(([, found]) => found)
+        .map(([x, found], place) =>
+        ({ x, y: found.y,
+          text: `${title} ${x}, ${HISTORIES[history]}, ${when}: ${found.y.toFixed(3)} (${found.text})` }));
+      if (points.length) series.push({ colour, shape, dashed: when === "before", hollow: when === "before",
+        label: `${HISTORIES[history]}, ${when}`, points });
     }
-  const tops = all ? all.flatMap((one) => one.shift.filter((row) => known(row.turn)).flatMap((row) => [row.before, row.after])) : series.flatMap((one) => one.points.map((point) => point.y));
-  return { name: `Negative log-likelihood of labels by ${title}`, x: span(xs, title), y: { ticks: ticks(Math.max(...tops.filter(known), 0.01), 4), text: short, title: "nats per token" }, series, height: 240 };
+  const tops = all ? all.flatMap((one) => one.shift.filter((row) => known(row.turn))
+    .flatMap((row) => [row.before, row.after])) : series.flatMap((one) => one.points.map((point) => point.y));
+  return { name: `Negative log-likelihood of labels by ${title}`, x: span(xs, title),
+    y: { ticks: ticks(Math.max(...tops.filter(known), 0.01), 4), text: short, title: "nats per token" }, series,
+    height: 240 };
 }
 
-/** How often the student's command was the teacher's: by iteration, and by turn in each iteration, for both histories. */
+/** How often the student's command was the teacher's: by iteration, and by turn in each, for both histories. */
 function agreement(run) {
   const rows = (one, history) => (one.shift || []).filter((row) => row.history === history && known(row.agree));
   const found = run.iterations.filter((one) => rows(one, "teacher").length || rows(one, "student").length);
-  if (!found.length) return [paragraph("No label stands beside a student's turn yet, so there is no agreement to show.", "note")];
-  const panel = (title, xs, xTitle, rowOf) => {
-    const series = [["student", "cs", 0], ["teacher", "ct", 1]].map(([history, colour, shape]) => ({ colour, shape, label: HISTORIES[history], points: xs.map((x) => [x, rowOf(history, x)]).filter(([, row]) => row)
-      .map(([x, row]) => ({ x, y: row.agree, text: `${xTitle} ${x}, ${HISTORIES[history]}: ${percent(row.agree, 1)} of ${plural(row.compared, "turn")}` })) })).filter((one) => one.points.length);
-    return figure(title, { name: `Agreement by ${xTitle}`, x: span(xs, xTitle), y: { ticks: [0, 0.25, 0.5, 0.75, 1], text: (share) => percent(share), title: "the same command" }, series, height: 230 });
-  };
-  const turnsOf = (one) => [...new Set([...rows(one, "teacher"), ...rows(one, "student")].map((row) => row.turn).filter(known))].sort((a, b) => a - b);
-  const overall = panel("All turns, by iteration", found.map((one) => one.number), "iteration", (history, number) => rows(found.find((one) => one.number === number), history).find((row) => row.turn === null));
-  const each = found.map((one) => panel(`Iteration ${one.number}, by turn`, turnsOf(one), "turn", (history, turn) => rows(one, history).find((row) => row.turn === turn)));
-  return [make("h3", { textContent: "How often the student's command was the teacher's" }), make("div", { className: "panels" }, overall, each)];
+  const note = "No label stands beside a student's turn yet, so there is no agreement to show.";
+  if (!found.length) return [paragraph(note, "note")];
+  const turnsOf = (one) => [...new Set(["teacher", "student"].flatMap((history) => rows(one, history))
+    .map((row) => row.turn).filter(known))].sort((a, b) => a - b);
+  const overall = agreementPanel("All turns, by iteration", found.map((one) => one.number), "iteration",
+    (history, number) => rows(found.find((one) => one.number === number), history).find((row) => row.turn === null));
+  const each = found.map((one) => agreementPanel(`Iteration ${one.number}, by turn`, turnsOf(one), "turn",
+    (history, turn) => rows(one, history).find((row) => row.turn === turn)));
+  return [make("h3", "How often the student's command was the teacher's"), make("div.panels", overall, each)];
+}
+
+function agreementPanel(title, xs, xTitle, rowOf) {
+  const series = [];
+  for (const [history, colour, shape] of [["student", "cs", 0], ["teacher", "ct", 1]]) {
+    const points = xs.map((x) => [x, rowOf(history, x)]).filter(([, row]) => row).map(([x, row]) => ({ x, y: row.agree,
+      text: `${xTitle} ${x}, ${HISTORIES[history]}: ${percent(row.agree, 1)} of ${plural(row.compared, "turn")}` }));
+    if (points.length) series.push({ colour, shape, label: HISTORIES[history], points });
+  }
+  return figure(title, { name: `Agreement by ${xTitle}`, x: span(xs, xTitle), series, height: 230,
+    y: { ticks: [0, 0.25, 0.5, 0.75, 1], text: (share) => percent(share), title: "the same command" } });
 }
 
 function span(xs, title) {
@@ -442,608 +542,132 @@ function span(xs, title) {
 function shiftTable(run) {
   const dash = (number, text) => (known(number) ? text(number) : missingCell("\u2013"));
   const three = (number) => number.toFixed(3);
-  const columns = [["labels", (row) => dash(row.labels, whole), true], ["tokens", (row) => dash(row.tokens, whole), true], ["before", (row) => dash(row.before, three), true], ["after", (row) => dash(row.after, three), true],
-    ["the student's turns", (row) => dash(row.compared, whole)], ["the same command", (row) => dash(row.agree, percent)]];
+  const columns = [["labels", (row) => dash(row.labels, whole), true],
+    ["tokens", (row) => dash(row.tokens, whole), true], ["before", (row) => dash(row.before, three), true],
+    ["after", (row) => dash(row.after, three), true],
+    ["the student's turns", (row) => dash(row.compared, whole)],
+      ["the same command", (row) => dash(row.agree, percent)]];
   const measured = run.iterations.some((one) => (one.shift || []).some((row) => row.labels));
   const used = columns.filter(([, , ofLikelihood]) => measured || !ofLikelihood);
-  const rows = run.iterations.flatMap((one) => (one.shift || []).filter((row) => row.turn === null && (row.labels || row.compared)).map((row) =>
-    [String(one.number), make("td", { className: "text", textContent: HISTORIES[row.history] }), ...used.map(([, cell]) => cell(row))]));
-  const caption = measured ? "Labels measured and their mean negative log-likelihood (nats per token); the student's turns with a label, and the share with the same command" : "The student's turns with a label, and the share with the same command";
-  return rows.length ? table(["iteration", "history", ...used.map(([head]) => head)], rows, { caption, textColumns: 2 }) : null;
+  const rows = run.iterations.flatMap((one) => (one.shift || [])
+    .filter((row) => row.turn === null && (row.labels || row.compared)).map((row) =>
+    [String(one.number), make("td.text", HISTORIES[row.history]), ...used.map(([, cell]) => cell(row))]));
+  const caption = (measured ? "Labels measured and their mean negative log-likelihood (nats per token); the" : "The") +
+    " student's turns with a label, and the share with the same command";
+  return rows.length ? table(["iteration", "history", ...used.map(([head]) => head)], rows, { caption, textColumns: 2 })
+    : null;
 }
 
 // ---- failure modes
 
 function showFailures() {
-  fill("failures", paragraph("The tasks of each evaluation by what became of them. Each number leads to its trajectories."), byRun(failuresOf), definitions());
+  const words = "The tasks of each evaluation by what became of them. Each number leads to its trajectories.";
+  fill("failures", paragraph(words), byRun(failuresOf), definitions());
 }
 
 function failuresOf(run) {
-  const columns = [...run.iterations.filter((one) => one.eval || one.missing).map((one) => ({ head: `iteration ${one.number}`, score: one.eval, iteration: one.number, what: "evaluated" })),
-    ...run.tests.map((one) => ({ head: `test (iteration ${one.iteration})`, score: one.score, iteration: one.iteration, what: "test" }))];
+  const columns = [...run.iterations.filter((one) => one.eval || one.missing)
+    .map((one) => ({ head: `iteration ${one.number}`, score: one.eval, iteration: one.number, what: "evaluated" })),
+    ...run.tests.map((one) => ({ head: `test (iteration ${one.iteration})`, score: one.score, iteration: one.iteration,
+      what: "test" }))];
   const found = new Set(columns.flatMap((column) => Object.keys((column.score && column.score.failure_modes) || {})));
   if (!columns.length) return paragraph("No iteration is evaluated yet.", "note");
-  const modes = [...data.modes.map(([name]) => name).filter((name) => found.has(name)), ...[...found].filter((name) => !data.modes.some(([mode]) => mode === name)).sort()];
+  const modes = [...data.modes.map(([name]) => name).filter((name) => found.has(name)),
+    ...[...found].filter((name) => !data.modes.some(([mode]) => mode === name)).sort()];
   const index = data.runs.indexOf(run), meaning = Object.fromEntries(data.modes);
-  const rows = [["resolved", "resolved"], ...modes.map((mode) => [mode, mode])].map(([name, mode]) => ({ className: name === "resolved" ? "resolved" : "", cells: [
-    make("th", { scope: "row", className: "text", title: meaning[mode] || "", textContent: name.replaceAll("_", " ") }), ...columns.map((column) => barCell(column, mode, index))] }));
-  return table(["", ...columns.map((column) => column.head)], rows, { className: "bars", caption: "Tasks; the bar is their share" });
+  const rows = [["resolved", "resolved"], ...modes.map((mode) => [mode, mode])].map(([name, mode]) =>
+    ({ className: name === "resolved" ? "resolved" : "", cells: [
+    make("th", { scope: "row", className: "text", title: meaning[mode] || "", textContent: name.replaceAll("_", " ") }),
+      ...columns.map((column) => barCell(column, mode, index))] }));
+  return table(["", ...columns.map((column) => column.head)], rows,
+    { className: "bars", caption: "Tasks; the bar is their share" });
 }
 
 function barCell({ score, iteration, what }, mode, index) {
   if (!score) return missingCell();
   const count = mode === "resolved" ? score.resolved : (score.failure_modes || {})[mode] || 0;
-  if (!count) return make("td", { className: "quiet", textContent: "0" });
-  const words = new URLSearchParams({ ...(data.runs.length > 1 ? { run: index } : {}), what, iteration, ...(mode === "resolved" ? { result: "resolved" } : { mode }) });
-  const bar = make("span", { className: "bar-of" });
+  if (!count) return make("td.quiet", "0");
+  const words = new URLSearchParams({ ...(data.runs.length > 1 ? { run: index } : {}), what, iteration,
+    ...(mode === "resolved" ? { result: "resolved" } : { mode }) });
+  const bar = make("span.bar-of");
   bar.style.width = `max(2px, ${(5.5 * count) / score.tasks}rem)`; // the same scale in every column
-  return make("td", {}, make("a", { href: `#trajectories?${words}`, title: `${count} of ${score.tasks} = ${percent(count / score.tasks)}` }, make("span", { textContent: count }), bar));
+  return make("td", make("a", { href: `#trajectories?${words}`,
+    title: `${count} of ${score.tasks} = ${percent(count / score.tasks)}` }, make("span", count), bar));
 }
 
 function definitions() {
-  const found = new Set(data.runs.flatMap((run) => [...run.iterations.map((one) => one.eval), ...run.tests.map((one) => one.score)]).filter(Boolean).flatMap((score) => Object.keys(score.failure_modes || {})));
+  const found = new Set(data.runs.flatMap((run) => [...run.iterations.map((one) => one.eval),
+    ...run.tests.map((one) => one.score)]).filter(Boolean).flatMap((score) => Object.keys(score.failure_modes || {})));
   const used = data.modes.filter(([name]) => found.has(name));
-  return used.length ? [make("h3", { textContent: "What they mean" }), make("dl", { className: "definitions" }, used.flatMap(([name, text]) => [make("dt", { textContent: name.replaceAll("_", " ") }), make("dd", { textContent: text })]))] : null;
+  return used.length ? [make("h3", "What they mean"), make("dl.definitions",
+    used.flatMap(([name, text]) => [make("dt", name.replaceAll("_", " ")), make("dd", text)]))] : null;
 }
 
 // ---- cost
 
-const COSTS = [["tokens", "Tokens", short], ["minutes", "Minutes", (value) => short(value)], ["dollars", "Dollars", (value) => `$${short(value)}`]];
+const COSTS = [["tokens", "Tokens", short], ["minutes", "Minutes", (value) => short(value)],
+  ["dollars", "Dollars", (value) => `$${short(value)}`]];
 
 function showCost() {
   const panels = COSTS.map(costPanel).filter(known);
-  fill("cost", paragraph("What it took to make the student of each iteration, all before it included: collecting, relabelling and training, but not evaluating. Tokens are those of both policies, prompts and answers. A point is an iteration; of several seeds it is their mean."),
-    panels.length ? make("div", { className: "panels" }, panels) : paragraph("Nothing is spent and evaluated yet.", "note"), panels.length ? costTable() : null);
+  fill("cost", paragraph("What it took to make the student of each iteration, all before it included: collecting, " +
+    "relabelling and training, but not evaluating. Tokens are those of both policies, prompts and answers. A point " +
+    "is an iteration; of several seeds it is their mean."),
+    panels.length ? make("div.panels", panels) : paragraph("Nothing is spent and evaluated yet.", "note"),
+      panels.length ? costTable() : null);
 }
 
 function costPanel([name, title, text]) {
-  const series = data.arms.flatMap((_, arm) => costSeries(arm, name, text)).filter((one) => one.points.some((point) => point.x > 0));
+  const series = data.arms.flatMap((_, arm) => costSeries(arm, name, text))
+    .filter((one) => one.points.some((point) => point.x > 0));
   if (!series.length) return null;
-  const xs = ticks(Math.max(...series.flatMap((one) => one.points.map((point) => point.x))), 4), top = Math.max(...series.flatMap((one) => one.points.map((point) => point.y)), 0.1);
-  return figure(title, { name: `Resolved against ${title}`, x: { from: 0, to: xs[xs.length - 1], ticks: xs.map((value) => [value, text(value)]), title: "" },
-    y: { ticks: ticks(top * 1.1).filter((value) => value <= 1.001), text: (share) => percent(share), title: "resolved" }, series, height: 240 });
+  const xs = ticks(Math.max(...series.flatMap((one) => one.points.map((point) => point.x))), 4),
+    top = Math.max(...series.flatMap((one) => one.points.map((point) => point.y)), 0.1);
+  return figure(title, { name: `Resolved against ${title}`,
+    x: { from: 0, to: xs[xs.length - 1], ticks: xs.map((value) => [value, text(value)]), title: "" },
+    y: { ticks: ticks(top * 1.1).filter((value) => value <= 1.001), text: (share) => percent(share),
+      title: "resolved" }, series, height: 240 });
 }
 
 /** An arm's iterations: the mean of its seeds in bold; a lone seed is its arm's line. */
 function costSeries(arm, name, text) {
-  const runs = data.runs.filter((run) => run.arm === arm), colour = colourOf(arm), label = data.arms.length > 1 ? visible(data.arms[arm]) : "";
-  const points = (who, all, rateOf, spentOf) => all.map((one, place) => ({ x: spentOf(one), y: rateOf(one), tag: label ? "" : String(one.number), gap: place > 0 && one.number !== all[place - 1].number + 1,
+  const runs = data.runs.filter((run) => run.arm === arm), colour = colourOf(arm),
+    label = data.arms.length > 1 ? visible(data.arms[arm]) : "";
+  const points = (who, all, rateOf, spentOf) => all.map((one, place) =>
+    ({ x: spentOf(one), y: rateOf(one), tag: label ? "" : String(one.number),
+    gap: place > 0 && one.number !== all[place - 1].number + 1,
     text: `${who}, iteration ${one.number}: ${text(spentOf(one))} ${name}, ${percent(rateOf(one), 1)}` }));
-  const ofRuns = runs.map((run) => ({ colour, shape: arm, style: runs.length > 1 ? "thin" : "bold", label: runs.length > 1 ? "" : label,
-    points: points(run.name, scored(run).filter((one) => known(one.spent[name])), (one) => one.eval.rate, (one) => one.spent[name]) }));
+  const ofRuns = runs.map((run) => ({ colour, shape: arm, style: runs.length > 1 ? "thin" : "bold",
+    label: runs.length > 1 ? "" : label,
+    points: points(run.name, scored(run).filter((one) => known(one.spent[name])), (one) => one.eval.rate,
+      (one) => one.spent[name]) }));
   if (runs.length === 1) return ofRuns;
   for (const one of ofRuns) for (const point of one.points) point.tag = "";
-  const mean = points(data.arms[arm], data.means[arm].iterations.filter((one) => known(one.spent[name])), (one) => one.rate, (one) => one.spent[name]);
-  return [...(label ? [] : ofRuns), { colour, shape: arm, style: "bold", label, points: mean }]; // the seeds of several arms would hide each other
+  const mean = points(data.arms[arm], data.means[arm].iterations.filter((one) => known(one.spent[name])),
+    (one) => one.rate, (one) => one.spent[name]);
+  // the seeds of several arms would hide each other
+  return [...(label ? [] : ofRuns), { colour, shape: arm, style: "bold", label, points: mean }];
 }
 
 function costTable() {
   const priced = data.runs.some((run) => run.iterations.some((one) => one.spent && known(one.spent.dollars)));
   const columns = COSTS.filter(([name]) => name !== "dollars" || priced);
-  const rows = data.runs.flatMap((run) => run.iterations.filter((one) => one.cost).map((one) => [...(data.runs.length > 1 ? [visible(run.name)] : []), String(one.number),
-    ...columns.flatMap(([name, , text]) => [one.cost[name], one.spent && one.spent[name]].map((value) => (known(value) ? text(value) : missingCell("\u2013"))))]));
+  const rows = data.runs.flatMap((run) => run.iterations.filter((one) => one.cost)
+    .map((one) => [...(data.runs.length > 1 ? [visible(run.name)] : []), String(one.number),
+    ...columns.flatMap(([name, , text]) => [one.cost[name],
+      one.spent && one.spent[name]].map((value) => (known(value) ? text(value) : missingCell("\u2013"))))]));
   const heads = columns.flatMap(([name]) => [name, "up to here"]);
-  return make("details", { className: "fold" }, make("summary", { textContent: "The same as a table" }), table([...(data.runs.length > 1 ? ["run"] : []), "iteration", ...heads], rows, { textColumns: 1 }));
+  return make("details.fold", make("summary", "The same as a table"),
+    table([...(data.runs.length > 1 ? ["run"] : []), "iteration", ...heads], rows, { textColumns: 1 }));
 }
 
 // ---- this page
 
 function showMade() {
-  const counts = plural(data.rows.length, "trajectory", "trajectories"), turns = trajectories.reduce((sum, t) => sum + t.turns, 0);
-  fill("made", paragraph(`${data.command} wrote it on ${data.made}. It holds ${counts} with ${plural(turns, "turn")}: ${bytes(data.raw)} of text in a file of ${bytes(data.bytes)}. It loads nothing; its security policy forbids it.`, "small"),
-    data.rows.length ? make("p", {}, make("a", { href: "#trajectories", textContent: "Read the trajectories" })) : null);
+  const counts = plural(data.rows.length, "trajectory", "trajectories"),
+    turns = trajectories.reduce((sum, t) => sum + t.turns, 0);
+  const words = `${data.command} wrote it on ${data.made}. It holds ${counts} with ${plural(turns, "turn")}: ` +
+    `${bytes(data.raw)} of text in a file of ${bytes(data.bytes)}. It loads nothing; its security policy forbids it.`;
+  fill("made", paragraph(words, "small"),
+    data.rows.length ? make("p", make("a", { href: "#trajectories", textContent: "Read the trajectories" })) : null);
 }
-
-// ---------------------------------------------------------------- the viewer: filters and the list
-
-const WHAT = { collected: "collected", evaluated: "evaluated", test: "test", teacher: "the teacher itself" };
-const FILTERS = [
-  // name, what it is called, the values with their texts, whether a trajectory has the value
-  ["run", "Run", () => data.runs.map((run, place) => [String(place), run.name]), (t, value) => t.run === Number(value)],
-  ["what", "Kind", () => present("what").map((name) => [name, WHAT[name]]), (t, value) => t.what === value],
-  ["iteration", "Iteration", () => present("iteration").map((number) => [String(number), String(number)]), (t, value) => t.what !== "teacher" && t.iteration === Number(value)],
-  ["actor", "Who acted", () => [["student", "has student turns"], ["teacher", "has teacher turns"], ["both", "has both"]],
-    (t, value) => (value === "teacher" || t.student_turns > 0) && (value === "student" || t.teacher_turns > 0)],
-  ["labels", "Labels", () => [["differ", "a label differs"], ["agree", "all agree"]],
-    (t, value) => t.judged > 0 && (value === "differ") === t.differ > 0],
-  ["result", "Result", () => [["resolved", "resolved"], ["unresolved", "not resolved"], ["ungraded", "not graded"]],
-    (t, value) => t.resolved === { resolved: true, unresolved: false, ungraded: null }[value]],
-  ["mode", "Failure mode", () => present("failure_mode").map((name) => [name, name.replaceAll("_", " ")]), (t, value) => t.failure_mode === value],
-  ["exit", "Ended by", () => present("exit_status").map((name) => [name, name.replaceAll("_", " ")]), (t, value) => t.exit_status === value],
-];
-const chosen = {}; // filter -> value
-let wanted = []; // words of the search
-let shown = []; // places in `trajectories`
-let opened = null; // place in `trajectories`
-let current = -1; // turn
-let record = null; // what is opened
-const ROW = 60; // pixels, as .row in the style
-
-function present(field) {
-  const values = [...new Set(trajectories.map((t) => t[field]))].filter(known);
-  return field === "what" ? Object.keys(WHAT).filter((name) => values.includes(name)) : values.sort((a, b) => (a < b ? -1 : 1));
-}
-
-function makeFilters() {
-  const place = $("#filters > div");
-  for (const [name, title, options] of FILTERS) {
-    const values = options();
-    if (values.length < (name === "mode" ? 1 : 2)) continue;
-    const select = make("select", { name }, make("option", { value: "", textContent: "any" }), values.map(([value, text]) => make("option", { value, textContent: visible(text) })));
-    select.addEventListener("change", () => { setFilters({ ...chosen, [name]: select.value }, $("#text").value); sayFilters(); });
-    place.append(make("label", {}, title, select));
-  }
-  place.append(make("button", { type: "button", textContent: "Clear all", onclick: () => { setFilters({}, ""); sayFilters(); } }));
-  $("#text").addEventListener("input", () => { setFilters(chosen, $("#text").value); sayFilters(); });
-  $("#filters").open = matchMedia("(min-width: 56.01rem) and (min-height: 50rem)").matches;
-}
-
-function setFilters(values, text) {
-  for (const [name] of FILTERS) { if (values[name]) chosen[name] = values[name]; else delete chosen[name]; }
-  for (const select of document.querySelectorAll("#filters select")) select.value = chosen[select.name] || "";
-  if ($("#text").value !== text) $("#text").value = text;
-  wanted = text.toLowerCase().split(/\s+/).filter(Boolean);
-  applyFilters();
-}
-
-function applyFilters() {
-  const tests = FILTERS.filter(([name]) => chosen[name]).map(([name, , , test]) => (t) => test(t, chosen[name]));
-  shown = [];
-  trajectories.forEach((t, place) => {
-    if (tests.every((test) => test(t)) && wanted.every((word) => t.text.includes(word))) shown.push(place);
-  });
-  $("#filters summary").textContent = tests.length ? `Filters (${tests.length} set)` : "Filters";
-  $("#count").textContent = shown.length === trajectories.length ? plural(shown.length, "trajectory", "trajectories") : `${whole(shown.length)} of ${plural(trajectories.length, "trajectory", "trajectories")}`;
-  $("#list").scrollTop = 0;
-  fillList(true);
-}
-
-/** The address of the list with its filters; only where the list alone is shown, an opened trajectory keeps its own. */
-function sayFilters() {
-  if (opened !== null) return;
-  const words = new URLSearchParams(chosen);
-  if ($("#text").value) words.set("text", $("#text").value);
-  replaceHash(`#trajectories${String(words) ? `?${words}` : ""}`);
-}
-
-/** Only the rows that can be seen are elements. */
-function fillList(anew) {
-  const list = $("#list"), inner = list.firstElementChild;
-  inner.style.height = `${shown.length * ROW}px`;
-  const first = Math.max(0, Math.floor(list.scrollTop / ROW) - 6), last = Math.min(shown.length, first + Math.ceil(list.clientHeight / ROW) + 12);
-  if (!anew && fillList.first === first && fillList.last === last) return;
-  [fillList.first, fillList.last] = [first, last];
-  list.setAttribute("aria-activedescendant", opened === null ? "" : `row-${opened}`);
-  inner.replaceChildren(...shown.slice(first, last).map((place, offset) => listRow(place, first + offset)));
-  if (!shown.length) inner.replaceChildren(make("p", { className: "empty" }, trajectories.length ? "No trajectory is like that. " : "There are no trajectories yet.",
-    trajectories.length ? make("button", { type: "button", textContent: "Clear the filters", onclick: () => { setFilters({}, ""); sayFilters(); } }) : null));
-}
-
-function listRow(place, position) {
-  const t = trajectories[place];
-  const where = [data.runs.length > 1 ? data.runs[t.run].name : "", t.what === "teacher" ? "teacher" : `iteration ${t.iteration}, ${WHAT[t.what]}`].filter(Boolean).join(" \u00b7 ");
-  const turns = t.differ ? `${t.differ} of ${t.judged} differ` : plural(t.turns, "turn");
-  const row = make("div", { className: "row", role: "option", id: `row-${place}`, title: visible(t.trajectory_id), "aria-selected": String(place === opened),
-    "aria-setsize": shown.length, "aria-posinset": position + 1, onclick: () => openTrajectory(place, 0, true) },
-  make("span", { className: "id" }, idParts(visible(t.instance_id))), make("span", { className: "right" }, resultOf(t)),
-  make("span", { className: "about", textContent: where }), make("span", { className: "about right", textContent: turns }));
-  row.style.top = `${position * ROW}px`;
-  return row;
-}
-
-/** Where an id is too long, its middle goes: the end tells it from its neighbours. */
-function idParts(id) {
-  return [make("span", { textContent: id.slice(0, -8) }), make("span", { textContent: id.slice(-8) })];
-}
-
-function resultOf(t) {
-  if (t.resolved === true) return make("span", { className: "good", textContent: "\u2713 resolved" });
-  if (t.resolved === false) return make("span", { className: "bad", textContent: `\u2717 ${(t.failure_mode || "not resolved").replaceAll("_", " ")}` });
-  return make("span", { className: "quiet", textContent: t.exit_status.replaceAll("_", " ") });
-}
-
-function showInList(place) {
-  const position = shown.indexOf(place), list = $("#list");
-  if (position < 0) return fillList(true);
-  const top = position * ROW;
-  if (top < list.scrollTop) list.scrollTop = top;
-  else if (top + ROW > list.scrollTop + list.clientHeight) list.scrollTop = top + ROW - list.clientHeight;
-  fillList(true);
-}
-
-// ---------------------------------------------------------------- the viewer: one trajectory
-
-const addressOf = (t, turn) => `#trajectory/${[data.runs[t.run].name, t.place, t.trajectory_id, turn].map((part) => encodeURIComponent(part)).join("/")}`;
-
-async function openTrajectory(place, turn, byClick) {
-  const t = trajectories[place], address = addressOf(t, turn);
-  opened = place;
-  $("#viewer").classList.add("open");
-  showInList(place);
-  if (byClick === true) location.hash = address; // a step that the back button undoes
-  else replaceHash(address);
-  let found;
-  try {
-    found = (await chunk(t.chunk))[t.position];
-  } catch (error) {
-    const old = typeof DecompressionStream === "undefined";
-    $("#opened").replaceChildren(make("p", { className: "empty", textContent: old ? "This browser cannot unpack trajectories: it has no DecompressionStream (Chrome 80, Firefox 113 and Safari 16.4 have)." : `This trajectory cannot be unpacked: ${error.message}` }));
-    return;
-  }
-  if (opened !== place) return; // another one was opened meanwhile
-  record = found;
-  record.labelled = found.turns.some((turn) => turn.label);
-  $("#opened").replaceChildren(...trajectoryParts(t, record));
-  document.title = `${visible(t.instance_id)} \u00b7 ${data.title}`;
-  current = Math.max(0, Math.min(turn, record.turns.length - 1));
-  markTurn();
-  if (turn > 0) goToTurn(turn); else scrollTo(0, 0);
-}
-
-function closeTrajectory() {
-  opened = record = null;
-  current = -1;
-  $("#viewer").classList.remove("open");
-  $("#opened").replaceChildren(make("p", { className: "empty", textContent: "Choose a trajectory in the list, or press j for the first. ? shows all keys." }));
-  document.title = data.title;
-  fillList(true);
-}
-
-function trajectoryParts(t, record) {
-  const position = shown.indexOf(opened);
-  const step = (text, by, off) => make("button", { type: "button", textContent: text, disabled: off, onclick: () => move(by) });
-  const differs = record.turns.filter((turn) => turn.label && turn.label.agrees === false).length;
-  return [
-    make("div", { className: "moves" }, make("a", { className: "back", href: "#trajectories", textContent: "\u2190 list" }),
-      step("previous", -1, position <= 0), step("next", 1, position === shown.length - 1),
-      differs ? make("button", { type: "button", textContent: "next difference", onclick: nextDifference }) : null,
-      position >= 0 ? make("span", { className: "quiet", textContent: `${whole(position + 1)} of ${whole(shown.length)}` }) : null),
-    make("h1", { textContent: visible(t.trajectory_id) }),
-    facts(t, record),
-    ...issueParts(visible(record.issue)),
-    ...folds(record),
-    strip(record),
-    ...record.turns.map((turn, place) => turnParts(turn, place)),
-    record.turns.length ? null : make("p", { className: "empty", textContent: "No turn was taken." }),
-  ].filter(known);
-}
-
-function issueParts(text) {
-  const issue = make("div", { className: "issue", textContent: text });
-  if (text.length <= 900 && text.split("\n").length <= 12) return [issue];
-  issue.classList.add("clamped");
-  const button = make("button", { type: "button", className: "small", textContent: "the whole issue", onclick: () => { issue.classList.remove("clamped"); button.remove(); } });
-  return [issue, make("p", {}, button)];
-}
-
-function facts(t, record) {
-  const parts = [make("b", { className: t.resolved === null ? "" : t.resolved ? "good" : "bad" }, resultWords(t))];
-  parts.push(` \u00b7 ended by ${t.exit_status.replaceAll("_", " ")}`, ` \u00b7 ${plural(t.turns, "turn")}`);
-  if (t.teacher_turns && t.student_turns) parts.push(`, ${t.student_turns} by the student`);
-  if (t.differ) parts.push(` \u00b7 ${plural(t.differ, "label")} of ${t.judged} ${t.differ === 1 ? "differs" : "differ"}`);
-  parts.push(` \u00b7 ${data.runs[t.run].name} ${t.place}`);
-  if (record.seconds) parts.push(` \u00b7 ${whole(record.seconds)} s`);
-  const mix = { turn: "turns mixed", prefix: "student first, then teacher", teacher: "the teacher alone", student: "the student alone" }[record.mix] || record.mix;
-  const knob = known(record.kappa) ? `, kappa ${record.kappa}` : known(record.beta) && record.mix === "turn" ? `, beta ${record.beta}` : "";
-  parts.push(make("br"), `${mix}${knob}`, record.student ? ` \u00b7 student ${visible(record.student)}` : "", record.teacher ? ` \u00b7 teacher ${visible(record.teacher)}` : "");
-  return make("p", { className: "facts" }, parts);
-}
-
-function resultWords(t) {
-  if (t.resolved === null) return "not graded";
-  return t.resolved ? "resolved" : `not resolved${t.failure_mode ? `: ${t.failure_mode.replaceAll("_", " ")}` : ""}`;
-}
-
-function folds(record) {
-  const all = [];
-  if (record.patch || record.gold) {
-    const both = make("div", { className: "patches" },
-      make("div", {}, make("h3", { textContent: "Patch of this trajectory" }), record.patch ? diffText(record.patch) : make("p", { className: "quiet", textContent: "Nothing was changed." })),
-      record.gold ? make("div", {}, make("h3", { textContent: "Gold patch" }), diffText(record.gold)) : null);
-    all.push(make("details", { className: "fold" }, make("summary", { textContent: record.gold ? "Patch and gold patch" : "Patch" }), both));
-  }
-  if (record.tests) {
-    const failed = record.tests.failed.map((name) => make("li", {}, make("code", { textContent: visible(name) })));
-    all.push(make("details", { className: "fold" }, make("summary", { textContent: `Tests: ${record.tests.passed} passed, ${record.tests.failures} failed${record.tampered ? "; files that steer the tests were put back" : ""}` }),
-      failed.length ? make("ul", {}, failed) : null, record.tests.failures > failed.length ? paragraph(`and ${record.tests.failures - failed.length} more`, "quiet") : null));
-  }
-  if (record.system) all.push(make("details", { className: "fold" }, make("summary", { textContent: "System prompt" }), make("div", { className: "issue", textContent: visible(record.system) })));
-  return all;
-}
-
-function diffText(patch) {
-  const style = (line) => (line.startsWith("@@") || /^(diff|index|---|\+\+\+) ?/.test(line) ? "hunk" : line.startsWith("+") ? "plus" : line.startsWith("-") ? "minus" : "");
-  const lines = visible(patch.replace(/\n$/, "")).split("\n");
-  const parts = lines.slice(0, 400).map((text, place) => make("span", { className: style(text), textContent: place ? `\n${text}` : text }));
-  if (lines.length > 400) parts.push(`\n\u2026 ${lines.length - 400} more lines`);
-  return make("pre", { className: "box" }, parts);
-}
-
-/** The whole episode at a glance: a letter a turn, a bar under it where the label differs. */
-function strip(record) {
-  const buttons = record.turns.map((turn, place) => {
-    const differs = turn.label && turn.label.agrees === false;
-    const name = `turn ${place}, ${turn.actor}${differs ? ", the label differs" : ""}`;
-    return make("button", { type: "button", className: `${turn.actor}${differs ? " differs" : ""}`, textContent: turn.actor === "teacher" ? "T" : "S", title: name, "aria-label": name, onclick: () => goToTurn(place) });
-  });
-  const actors = new Set(record.turns.map((turn) => turn.actor));
-  const key = [actors.has("student") ? "S student" : "", actors.has("teacher") ? `T teacher${record.labelled ? " (its own label)" : ""}` : "", record.turns.some((turn) => turn.label && turn.label.agrees === false) ? "underlined: the label differs" : ""];
-  return make("div", { className: "strip", role: "group", "aria-label": "Turns" }, buttons, make("span", { textContent: key.filter(Boolean).join(", ") }));
-}
-
-function turnParts(turn, place) {
-  const label = turn.label, differs = label && label.agrees === false;
-  const costs = [known(turn.tokens) ? plural(turn.tokens, "token") : "", known(turn.logprob) ? `log p ${turn.logprob.toFixed(3)}` : "", turn.seconds >= 0.05 ? `${turn.seconds.toFixed(1)} s` : "", turn.finish_reason !== "stop" ? turn.finish_reason : ""];
-  const executed = splitAction(turn.text, turn.command), labelled = label && known(label.text) ? splitAction(label.text) : null;
-  const apart = labelled && label.text !== turn.text;
-  const marks = apart ? { thought: diffWords(executed.thought, labelled.thought), command: diffWords(executed.command, labelled.command) } : null;
-  const left = actionPart(executed, turn.actor, apart ? `executed by the ${turn.actor}` : null, marks && { thought: marks.thought[0], command: marks.command[0] }, turn.reasoning);
-  const right = apart ? actionPart(labelled, "teacher", `the teacher's label${label.valid ? "" : `, not valid: ${label.reason}`}`, { thought: marks.thought[1], command: marks.command[1] }) : null;
-  return make("section", { className: "turn", id: `turn-${place}`, "aria-label": `Turn ${place}` },
-    make("header", {}, make("span", { className: "number", textContent: place }), make("span", { className: `actor ${turn.actor}`, textContent: turn.actor }),
-      make("span", { className: "cost" }, costs.filter(Boolean).map((text) => make("span", { textContent: text })))),
-    make("div", {}, differs ? make("p", { className: "verdict differs", textContent: "The teacher would have done something else." }) : null,
-      make("div", { className: "actions" }, left, right), verdict(turn, label, apart), observationPart(turn)));
-}
-
-/** In words, where there is something to say: a turn of the teacher is its own label and needs none. */
-function verdict(turn, label, apart) {
-  let text = "";
-  if (!label) text = record.labelled ? "No label here." : "";
-  else if (turn.actor === "teacher") text = apart ? "The teacher was asked again." : "";
-  else if (label.agrees) text = apart ? "The label has the same command." : "The label is the same.";
-  return text ? make("p", { className: "verdict", textContent: text }) : null;
-}
-
-/** Thought and command of an assistant turn. The command of an executed turn is on record, null if it held not exactly one. */
-function splitAction(text, command) {
-  const blocks = [...text.matchAll(/^```bash[ \t]*\n([\s\S]*?)^```[ \t]*$/gm)];
-  const block = blocks.find((one) => one[1].trim() === command) || blocks[blocks.length - 1]; // others are in the reasoning
-  if (!block || command === null) return { thought: text.trim(), command: "", none: true };
-  return { thought: `${text.slice(0, block.index).trimEnd()}\n${text.slice(block.index + block[0].length).trim()}`.trim(), command: block[1].replace(/\n$/, "") };
-}
-
-function actionPart(action, actor, title, marks, reasoning) {
-  return make("div", { className: `action ${actor}` }, title ? make("h3", { textContent: title }) : null,
-    reasoning ? make("details", {}, make("summary", { textContent: "reasoning" }), make("pre", { textContent: visible(reasoning) })) : null,
-    action.thought ? make("p", { className: "thought" }, marks ? marks.thought : visible(action.thought)) : null,
-    action.none ? make("p", { className: "verdict", textContent: action.thought ? "No single command in it." : "Nothing was said." }) : make("pre", { className: "command" }, marks ? marks.command : visible(action.command)));
-}
-
-function observationPart(turn) {
-  if (!known(turn.observation)) return null;
-  const text = visible(turn.observation), lines = text.split("\n");
-  const notes = [turn.truncated ? "cut in the middle" : "", turn.observation_seconds >= 1 ? `${turn.observation_seconds.toFixed(1)} s` : ""].filter(Boolean).join(", ");
-  const part = make("div", { className: "observation" }, make("h3", { textContent: `observation${notes ? ` (${notes})` : ""}` }));
-  if (lines.length <= 16 && text.length <= 2400) {
-    part.append(make("pre", { textContent: text }));
-    return part;
-  }
-  const head = make("pre"), tail = make("pre"), button = make("button", { type: "button", className: "unfold" });
-  const start = lines.slice(0, 8).join("\n").slice(0, 1000), end = lines.slice(-4).join("\n").slice(-500);
-  const fold = (folded) => {
-    head.textContent = folded ? start : text;
-    tail.textContent = folded ? end : "";
-    button.textContent = folded ? (lines.length > 12 ? `show all ${whole(lines.length)} lines` : `show all ${whole(text.length)} characters`) : "fold";
-    button.setAttribute("aria-expanded", String(!folded));
-  };
-  button.onclick = () => fold(button.getAttribute("aria-expanded") === "true");
-  fold(true);
-  part.append(head, button, tail);
-  return part;
-}
-
-// ---------------------------------------------------------------- what differs between two texts
-
-/** Both texts as lists of strings and <mark> elements: the words that only this side has are marked. */
-function diffWords(one, other) {
-  const a = visible(one).match(/\s+|\w+|[^\w\s]/g) || [], b = visible(other).match(/\s+|\w+|[^\w\s]/g) || [];
-  const common = commonWords(a, b);
-  return [withMarks(a, common[0]), withMarks(b, common[1])];
-}
-
-/** The longest common subsequence: for each word of either side, whether it is in it. */
-function commonWords(a, b) {
-  const inA = new Array(a.length).fill(false), inB = new Array(b.length).fill(false);
-  let start = 0, endA = a.length, endB = b.length;
-  while (start < endA && start < endB && a[start] === b[start]) { inA[start] = inB[start] = true; start++; }
-  while (endA > start && endB > start && a[endA - 1] === b[endB - 1]) inA[--endA] = inB[--endB] = true;
-  const rows = endA - start, columns = endB - start;
-  if (!rows || !columns || rows * columns > 4e6) return [inA, inB]; // what is too long is marked whole
-  const length = Array.from({ length: rows + 1 }, () => new Uint16Array(columns + 1));
-  for (let i = rows - 1; i >= 0; i--)
-    for (let j = columns - 1; j >= 0; j--)
-      length[i][j] = a[start + i] === b[start + j] ? length[i + 1][j + 1] + 1 : Math.max(length[i + 1][j], length[i][j + 1]);
-  for (let i = 0, j = 0; i < rows && j < columns; ) {
-    if (a[start + i] === b[start + j]) { inA[start + i++] = inB[start + j++] = true; }
-    else if (length[i + 1][j] >= length[i][j + 1]) i++;
-    else j++;
-  }
-  return [inA, inB];
-}
-
-function withMarks(words, same) {
-  const parts = [];
-  let marked = null, text = "";
-  const flush = () => { if (text) parts.push(marked ? make("mark", { textContent: text }) : text); text = ""; };
-  words.forEach((word, place) => {
-    const blank = /^\s+$/.test(word) && place > 0 && place < words.length - 1;
-    const mine = blank ? !same[place - 1] && !same[place + 1] : !same[place]; // blanks between marked words are marked too
-    if (mine !== marked) { flush(); marked = mine; }
-    text += word;
-  });
-  flush();
-  return parts;
-}
-
-// ---------------------------------------------------------------- moving about
-
-function move(by) {
-  if (!shown.length) return;
-  const at = opened === null ? -1 : shown.indexOf(opened);
-  const next = at < 0 ? 0 : at + by;
-  if (next >= 0 && next < shown.length) openTrajectory(shown[next], 0);
-}
-
-function goToTurn(turn) {
-  if (!record || turn < 0 || turn >= record.turns.length) return;
-  current = turn;
-  markTurn();
-  const smooth = !matchMedia("(prefers-reduced-motion: reduce)").matches && Math.abs(turn - goToTurn.last) < 3;
-  goToTurn.last = turn;
-  $(`#turn-${turn}`).scrollIntoView({ block: "start", behavior: smooth ? "smooth" : "instant" });
-  replaceHash(addressOf(trajectories[opened], turn));
-}
-
-function markTurn() {
-  document.querySelectorAll("#opened .turn").forEach((part, place) => part.classList.toggle("current", place === current));
-  document.querySelectorAll(".strip button").forEach((button, place) => {
-    if (place === current) button.setAttribute("aria-current", "step"); else button.removeAttribute("aria-current");
-  });
-  const strip = $(".strip"), button = strip && strip.children[current];
-  if (button) strip.scrollTo(button.offsetLeft - strip.clientWidth / 2, button.offsetTop - strip.clientHeight / 2); // of many turns only some are seen
-}
-
-/** The next turn whose label differs; behind the last one, the first in the next trajectory of the list that has any. */
-function nextDifference() {
-  const differs = (turn) => turn.label && turn.label.agrees === false;
-  if (record) {
-    const next = record.turns.findIndex((turn, place) => (place > current || (place === 0 && current === 0 && scrollY === 0)) && differs(turn));
-    if (next >= 0) return goToTurn(next);
-  }
-  const from = opened === null ? -1 : shown.indexOf(opened);
-  const place = shown.find((candidate, position) => position > from && trajectories[candidate].differ > 0);
-  if (place !== undefined) openTrajectory(place, 0).then(() => { if (opened === place) goToTurn(record.turns.findIndex(differs)); });
-}
-
-function toggleObservation() {
-  const button = document.querySelector(`#turn-${current} .unfold`);
-  if (button) button.click();
-}
-
-const KEYS = [
-  ["j", "k", "next, previous trajectory (also \u2192 \u2190, and \u2193 \u2191 in the list)"],
-  ["n", "p", "next, previous turn"],
-  ["d", "", "next turn whose label differs"],
-  ["o", "", "show all of a long observation, or fold it"],
-  ["/", "", "search"],
-  ["Esc", "", "leave the search, close this, back to the list"],
-  ["?", "", "this help"],
-];
-
-function makeHelp() {
-  const dialog = $("#help");
-  const keys = KEYS.flatMap(([one, two, text]) => [make("dt", {}, make("kbd", { textContent: one }), two ? [" ", make("kbd", { textContent: two })] : null), make("dd", { textContent: text })]);
-  dialog.append(make("h2", { id: "help-title", textContent: "Keys" }), make("dl", {}, keys), make("button", { type: "button", textContent: "Close", onclick: () => dialog.close() }));
-  const line = [["j", "k", "trajectory"], ["n", "p", "turn"], ["d", "", "next difference"], ["o", "", "unfold"], ["/", "", "search"], ["?", "", "help"]];
-  $("#keys").append(...line.map(([one, two, text]) => make("span", {}, make("kbd", { textContent: one }), " ", two ? [make("kbd", { textContent: two }), " "] : null, text)));
-}
-
-function onKey(event) {
-  if (event.ctrlKey || event.metaKey || event.altKey || $("#help").open) return;
-  if ($("#viewer").hidden) { if (event.key === "?") $("#help").showModal(); return; }
-  const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName);
-  if (event.key === "Escape") {
-    if (typing) { event.preventDefault(); event.target.blur(); } // it would also empty the search
-    else if (opened !== null) { closeTrajectory(); sayFilters(); }
-    return;
-  }
-  if (typing) { if (event.key === "Enter" && event.target.id === "text") { event.target.blur(); move(1); } return; }
-  const inList = event.target.id === "list";
-  const actions = {
-    j: () => move(1), k: () => move(-1), ArrowRight: () => move(1), ArrowLeft: () => move(-1),
-    n: () => goToTurn(current + 1), p: () => goToTurn(current - 1), d: nextDifference, o: toggleObservation,
-    "/": () => { if (getComputedStyle($("#choice")).display === "none") { closeTrajectory(); sayFilters(); } $("#text").focus(); $("#text").select(); },
-    "?": () => $("#help").showModal(),
-    ...(inList ? { ArrowDown: () => move(1), ArrowUp: () => move(-1) } : {}),
-  };
-  const action = actions[event.key];
-  if (action) { event.preventDefault(); action(); }
-}
-
-// ---------------------------------------------------------------- addresses, light and dark, start
-
-function replaceHash(hash) {
-  if (location.hash !== hash) history.replaceState(null, "", hash);
-}
-
-/** Show what the address names: #section, #trajectories?filters, #trajectory/run/place/id/turn. */
-function route() {
-  const hash = location.hash;
-  const viewer = hash.startsWith("#trajector");
-  $("#viewer").hidden = !viewer;
-  $("#report").hidden = viewer;
-  for (const link of document.querySelectorAll(".bar nav a")) {
-    if ((link.dataset.view === "viewer") === viewer) link.setAttribute("aria-current", "page"); else link.removeAttribute("aria-current");
-  }
-  if (!viewer) {
-    document.title = data.title;
-    const section = document.getElementById(hash.slice(1));
-    return section ? section.scrollIntoView() : undefined;
-  }
-  if (hash.startsWith("#trajectory/")) return routeTrajectory(hash);
-  const words = new URLSearchParams(hash.split("?")[1] || "");
-  closeTrajectory();
-  if (hash.includes("?")) setFilters(Object.fromEntries(words), words.get("text") || "");
-  else fillList(true);
-}
-
-function routeTrajectory(hash) {
-  let parts;
-  try { parts = hash.split("/").slice(1).map(decodeURIComponent); } catch { parts = []; }
-  const place = byPlace.get(JSON.stringify(parts.slice(0, 3))), turn = Number.parseInt(parts[3], 10) || 0;
-  if (place === undefined) {
-    closeTrajectory();
-    $("#viewer").classList.add("open");
-    $("#opened").replaceChildren(make("p", { className: "empty" }, "This page has no trajectory of that address. ", make("a", { href: "#trajectories", textContent: "All trajectories" })));
-    return;
-  }
-  if (place !== opened || !record) openTrajectory(place, turn);
-  else if (turn !== current) goToTurn(turn);
-}
-
-function remembered(value) {
-  try {
-    if (value) localStorage.setItem("swe-dagger-theme", value);
-    return localStorage.getItem("swe-dagger-theme");
-  } catch { return null; } // no storage: the choice lasts as long as the page
-}
-
-function setTheme(theme) {
-  document.documentElement.dataset.theme = theme;
-  $("#theme").textContent = theme === "dark" ? "Light" : "Dark";
-  $("#theme").title = `Show this page ${theme === "dark" ? "light" : "dark"}`;
-}
-
-function startTheme() {
-  const system = matchMedia("(prefers-color-scheme: dark)");
-  let own = remembered();
-  const follow = () => setTheme(own || (system.matches ? "dark" : "light"));
-  system.addEventListener("change", follow);
-  $("#theme").onclick = () => { own = document.documentElement.dataset.theme === "dark" ? "light" : "dark"; remembered(own); follow(); };
-  follow();
-}
-
-function start() {
-  startTheme();
-  $("#whose").textContent = visible(data.runs.map((run) => run.name).join(", "));
-  showReport();
-  makeFilters();
-  makeHelp();
-  applyFilters();
-  $("#list").addEventListener("scroll", () => fillList(false), { passive: true });
-  addEventListener("resize", () => fillList(false));
-  addEventListener("keydown", onKey);
-  addEventListener("hashchange", route);
-  route();
-  document.documentElement.dataset.ready = "yes";
-  if (data.more_issues !== null) chunk(data.more_issues).then(searchWholeIssues);
-}
-
-/** The list holds the beginning of every issue; the search covers all of it as soon as the page is there. */
-function searchWholeIssues(issues) {
-  trajectories.forEach((t) => { t.text = `${t.instance_id}\n${issues[t.issue]}`.toLowerCase(); });
-  if (wanted.length) applyFilters();
-}
-
-start();

@@ -3,10 +3,10 @@
     python -m common.report runs/laptop
     python -m common.report runs/dagger runs/sft --out comparison.html
 
-The page opens from disk and loads nothing: its style, its script (report.html, .css, .js beside this file) and its data
-are in it, and a content security policy forbids it all else. What models and programs wrote is data: JSON inside script
-elements that are no scripts, gzipped and in base64 but for the index (which trajectories there are, ids in plain text).
-The page unpacks a chunk of some dozens of trajectories when one of them is opened.
+The page opens from disk and loads nothing: its style, its script (report.* and report_viewer.js beside this file) and
+its data are in it, and a content security policy forbids it all else. What models and programs wrote is data: JSON
+inside script elements that are no scripts, gzipped and in base64 but for the index (which trajectories there are, ids
+in plain text). The page unpacks a chunk of some dozens of trajectories when one of them is opened.
 
 Every number comes from common/metrics.py. What a run has not got yet is shown as missing. The page is written to a
 temporary name first, so a reader never sees half of one. In memory is one chunk, the index and the issues' texts.
@@ -128,8 +128,10 @@ class Results:
 
 
 class Gold:
-    """Gold patches, where they are at hand: of tasks in JSONL files, and of the toy tasks that a student is scored on. Those
-    that were collected on are too many to be generated again (5 ms each), and the labels say what their repair is."""
+    """Gold patches, where they are at hand: of tasks in JSONL files, and of the toy tasks that a student is scored on.
+
+    Those that were collected on are too many to be generated again (5 ms each), and the labels say what to repair.
+    """
 
     def __init__(self, source: Source):
         settings = json.loads(source.manifest.read_text())["settings"] if source.manifest.exists() else {}
@@ -137,7 +139,9 @@ class Gold:
         self.found = {}
         name = re.sub(r":\d+$", "", settings.get("tasks") or "")
         if name.endswith(".jsonl") and Path(name).is_file():
-            self.found = {row.get("instance_id"): (row.get("base_commit"), row.get("patch")) for row in jsonl.read(name)}
+            self.found = {
+                row.get("instance_id"): (row.get("base_commit"), row.get("patch")) for row in jsonl.read(name)
+            }
 
     def of(self, trajectory: dict) -> str | None:
         commit, patch = self.found.get(trajectory["instance_id"], (None, None))
@@ -163,7 +167,9 @@ def opened(trajectory: dict, labels: dict[int, dict], result: dict, gold: str | 
     """What the page shows of one trajectory."""
     messages = trajectory["messages"]
     first = next((place for place, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
-    said = {role: "\n\n".join(m["content"] for m in messages[:first] if m["role"] == role) for role in ("system", "user")}
+    said = {
+        role: "\n\n".join(m["content"] for m in messages[:first] if m["role"] == role) for role in ("system", "user")
+    }
     turns = []
     for message in messages[first:]:
         if message["role"] == "assistant":
@@ -229,7 +235,9 @@ class Collection:
                 name = trajectory["trajectory_id"]
                 self.add(number, source, trajectory, labels.of(name), results.of(name), gold.of(trajectory))
 
-    def add(self, number: int, source: Source, trajectory: dict, labels: dict[int, dict], result: dict, gold: str | None):
+    def add(
+        self, number: int, source: Source, trajectory: dict, labels: dict[int, dict], result: dict, gold: str | None
+    ):
         shown = opened(trajectory, labels, result, gold)
         actors = [turn["actor"] for turn in shown["turns"]]
         judged = [label["agrees"] for label in labels.values() if label["agrees"] is not None]
@@ -288,8 +296,11 @@ def as_json(value: object) -> str:
 
 
 def template() -> dict[str, str]:
+    """The page's parts: html, css, js."""
     here = Path(__file__)
-    return {kind: here.with_name(f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")}
+    parts = {kind: here.with_name(f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")}
+    parts["js"] += "\n" + here.with_name("report_viewer.js").read_text(encoding="utf-8")
+    return parts
 
 
 def policy(style: str, script: str) -> str:
@@ -346,7 +357,9 @@ def describe_runs(runs: list[metrics.Run]) -> dict:
     arms = list(dict.fromkeys(metrics.arm_names(runs)))
     arm_of = [arms.index(name) for name in metrics.arm_names(runs)]
     described = [describe_run(found, arm, name) for found, arm, name in zip(runs, arm_of, page_names(runs))]
-    pairs, notes = comparisons(arms, [[found for found, mine in zip(runs, arm_of) if mine == arm] for arm in range(len(arms))])
+    pairs, notes = comparisons(
+        arms, [[found for found, mine in zip(runs, arm_of) if mine == arm] for arm in range(len(arms))]
+    )
     return {
         "title": title(arms, described),
         "lead": lead(arms, described),
@@ -373,7 +386,9 @@ def describe_run(found: metrics.Run, arm: int, name: str) -> dict:
         for kind in spent:  # what is not known of one iteration is not known of those that build on it
             known = cost is not None and cost[kind] is not None and spent[kind] is not None
             spent[kind] = spent[kind] + cost[kind] if known else None
-        iterations.append({"number": number, "missing": part is None, **(part or {}), "cost": cost, "spent": dict(spent)})
+        iterations.append(
+            {"number": number, "missing": part is None, **(part or {}), "cost": cost, "spent": dict(spent)}
+        )
     scores = [part["eval"] for part in found.iterations.values() if part and part["eval"]]
     return {
         "name": name,
@@ -430,7 +445,12 @@ def means(runs: list[dict]) -> dict:
         for part in one["iterations"]:
             if part.get("eval") and part["eval"]["rate"] is not None:
                 parts.setdefault(part["number"], []).append(part)
-    tests = [test["score"]["rate"] for one in runs for test in one["tests"] if test["chosen"] and test["score"]["rate"] is not None]
+    tests = [
+        test["score"]["rate"]
+        for one in runs
+        for test in one["tests"]
+        if test["chosen"] and test["score"]["rate"] is not None
+    ]
     iterations = [
         {
             "number": number,
@@ -456,8 +476,8 @@ def comparisons(arms: list[str], runs: list[list[metrics.Run]]) -> tuple[list[di
             told.append(f"{other} and {arms[0]} have no seed in common in which both were evaluated.")
             continue
         for seed, one in found["seeds"].items():
-            rows.append({"name": f"{other} against {arms[0]}, seed {seed}", "tasks": found["on"], "n": one["tasks"]}
-                        | {key: one[key] for key in ("only_a", "only_b", "difference", "low", "high", "p")})  # fmt: skip
+            head = {"name": f"{other} against {arms[0]}, seed {seed}", "tasks": found["on"], "n": one["tasks"]}
+            rows.append(head | {key: one[key] for key in ("only_a", "only_b", "difference", "low", "high", "p")})
         whole = found["together"]
         if whole["seeds"] > 1:
             both = {"tasks": found["on"], "n": whole["tasks"], "difference": whole["difference"], "p": None}
@@ -466,11 +486,13 @@ def comparisons(arms: list[str], runs: list[list[metrics.Run]]) -> tuple[list[di
             rows.append(both | {"name": f"{whole['seeds']} seeds together (t over the seeds)",
                                 "low": whole["t_low"], "high": whole["t_high"]})  # fmt: skip
         if not found["test"]:
-            told.append(f"{other}: not both arms have met the test tasks, and to choose on the tasks one is scored on flatters.")
+            told.append(
+                f"{other}: not both arms have met the test tasks, and to choose on the tasks one is scored on flatters."
+            )
     if rows:
         told.append(
-            "Each run at its chosen iteration, on the same tasks. A seed's row: Newcombe's interval for paired proportions, "
-            "and McNemar's exact test; both are about other tasks of this kind, not about other seeds. Claim what the "
+            "Each run at its chosen iteration, on the same tasks. A seed's row: Newcombe's interval for paired "
+            "proportions, and McNemar's exact test; both are about other tasks of this kind, not about other seeds. Claim what the "
             "bootstrap and the t interval both say."
         )
     return rows, told
@@ -494,7 +516,8 @@ def title(arms: list[str], runs: list[dict]) -> str:
 
 def lead(arms: list[str], runs: list[dict]) -> str:
     settings, tasks = runs[0]["settings"], runs[0]["tasks"]
-    who = f"{settings.get('student', 'A student')} learns to repair software from the teacher {settings.get('teacher', '')}".rstrip()
+    teacher = f"the teacher {settings['teacher']}" if "teacher" in settings else "a teacher"
+    who = f"{settings.get('student', 'A student')} learns to repair software from {teacher}"
     how = f"{', '.join(arms)}; {len(runs)} runs" if len(runs) > 1 else f"{arms[0]}, seed {runs[0]['seed']}"
     return f"{who} ({how}): what it resolves{f' of {tasks}' if tasks else ''} after each iteration, and why not more."
 
@@ -514,7 +537,11 @@ def report(homes: list[Path], out: Path) -> dict:
         for number, home in enumerate(homes):
             collection.add_run(number, home)
         data |= collection.finish()
-        data |= {"raw": collection.raw, "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "command": "python -m common.report"}
+        data |= {
+            "raw": collection.raw,
+            "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+            "command": "python -m common.report",
+        }
         size = write_page(out, data, spool)
     print(f"{out}: {size / 1e6:.1f} MB, from {collection.raw / 1e6:.1f} MB of trajectories and labels")
     return {"runs": len(runs), "trajectories": len(collection.rows), "bytes": size}

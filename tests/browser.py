@@ -57,7 +57,9 @@ class Page:
 
     def click(self, selector: str) -> None:
         """A real click on the first element that matches, away from the window's edges and what lies over them."""
-        self.run("document.querySelector(arguments[0]).scrollIntoView({block: 'center', behavior: 'instant'})", selector)
+        self.run(
+            "document.querySelector(arguments[0]).scrollIntoView({block: 'center', behavior: 'instant'})", selector
+        )
         found = call("POST", f"{self.session}/element", {"using": "css selector", "value": selector})
         call("POST", f"{self.session}/element/{next(iter(found.values()))}/click", {})
 
@@ -71,7 +73,9 @@ class Page:
         self.media(**{"prefers-color-scheme": "dark" if yes else "light"})
 
     def media(self, **features: str) -> None:
-        self.chrome("Emulation.setEmulatedMedia", features=[{"name": name, "value": value} for name, value in features.items()])
+        self.chrome(
+            "Emulation.setEmulatedMedia", features=[{"name": name, "value": value} for name, value in features.items()]
+        )
 
     def chrome(self, command: str, **parameters):
         """A command of Chromium's own protocol."""
@@ -111,8 +115,8 @@ def open(width: int = 1200, height: int = 800, dark: bool = False) -> Iterator[P
 
 
 def _session(server: str, profile: str, driver: subprocess.Popen) -> str:
-    flags = ["--headless=new", f"--user-data-dir={profile}", "--no-first-run", "--disable-gpu", "--disable-dev-shm-usage",
-             "--disable-background-networking", "--disable-component-update", "--hide-scrollbars"]  # fmt: skip
+    flags = ["--headless=new", f"--user-data-dir={profile}", "--no-first-run", "--disable-gpu",
+             "--disable-dev-shm-usage", "--disable-background-networking", "--disable-component-update", "--hide-scrollbars"]  # fmt: skip
     flags += ["--no-sandbox"] if os.getuid() == 0 else []  # Chromium refuses its sandbox to root
     wanted = {"alwaysMatch": {"goog:chromeOptions": {"args": flags}, "goog:loggingPrefs": {"browser": "ALL"}}}
     end = time.monotonic() + 30

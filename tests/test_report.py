@@ -18,12 +18,15 @@ from common import metrics, report
 from common.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
-HOSTILE = "exit 0\n</script><script>window.ran = 1</script><img src=x onerror='window.ran = 2'>\n\x1b[31mred\u202e{{chunks}}"
+HOSTILE = (
+    "exit 0\n</script><script>window.ran = 1</script><img src=x onerror='window.ran = 2'>\n\x1b[31mred\u202e{{chunks}}"
+)
 POLICY = {"model": "hf:m", "adapter": "a/iter_001/adapter", "sampling": {"temperature": 0.7, "top_p": 0.9}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs made by hand
+
 
 def say(command, thought="Look."):
     return f"{thought}\n```bash\n{command}\n```"
@@ -33,26 +36,42 @@ def trajectory(name, iteration=1, turns=(("student", "ls", "exit 0"),), issue="I
     """turns: (actor, command, observation)."""
     messages = [{"role": "system", "content": "You repair."}, {"role": "user", "content": issue}]
     for number, (actor, command, observation) in enumerate(turns):
-        messages.append({"role": "assistant", "content": say(command), "turn": number, "actor": actor, "command": command,
-                         "finish_reason": "stop", "tokens": {"in": 9, "cached": 0, "out": 7}, "seconds": 0.5, "logprob": -0.25})
+        messages.append(
+            {
+                "role": "assistant",
+                "content": say(command),
+                "turn": number,
+                "actor": actor,
+                "command": command,
+                "finish_reason": "stop",
+                "tokens": {"in": 9, "cached": 0, "out": 7},
+                "seconds": 0.5,
+                "logprob": -0.25,
+            }
+        )
         if observation is not None:
-            messages.append({"role": "user", "content": observation, "exit_code": 0, "seconds": 0.1, "truncated": False})
-    return {"schema": 1, "trajectory_id": f"{name}.i{iteration}.a0", "instance_id": name, "base_commit": "c", "iteration": iteration,
-            "attempt": 0, "seed": 0, "mix": "turn", "beta": 0.5, "student": POLICY, "teacher": POLICY, "prompt": "toy-1", "limits": {},
-            "messages": messages, "exit_status": "submitted", "patch": "--- a/x\n+++ b/x\n@@ -1 +1 @@\n-a\n+b\n", "started": 1.0,
-            "finished": 5.0} | changes  # fmt: skip
+            messages.append(
+                {"role": "user", "content": observation, "exit_code": 0, "seconds": 0.1, "truncated": False}
+            )
+    return {"schema": 1, "trajectory_id": f"{name}.i{iteration}.a0", "instance_id": name, "base_commit": "c",
+            "iteration": iteration, "attempt": 0, "seed": 0, "mix": "turn", "beta": 0.5, "student": POLICY,
+            "teacher": POLICY, "prompt": "toy-1", "limits": {}, "messages": messages, "exit_status": "submitted",
+            "patch": "--- a/x\n+++ b/x\n@@ -1 +1 @@\n-a\n+b\n", "started": 1.0, "finished": 5.0} | changes  # fmt: skip
 
 
 def label(of, turn, text, agrees, source="queried"):
-    return {"schema": 1, "trajectory_id": of["trajectory_id"], "instance_id": of["instance_id"], "iteration": of["iteration"],
-            "turn": turn, "label": text, "valid": True, "reason": None, "source": source, "teacher": POLICY,
+    return {"schema": 1, **{name: of[name] for name in ("trajectory_id", "instance_id", "iteration")}, "turn": turn, "label": text, "valid": True, "reason": None, "source": source, "teacher": POLICY,
             "tokens": {"in": 9, "cached": 0, "out": 7}, "seconds": 0.1, "agrees": agrees}  # fmt: skip
 
 
 def result(of, resolved, mode=None):
-    tests = {"FAIL_TO_PASS": {"success": [], "failure": [] if resolved else ["t.py::test_<b>"]}, "PASS_TO_PASS": {"success": ["t.py::a"], "failure": []}}
-    return {"schema": 1, "instance_id": of["instance_id"], "trajectory_id": of["trajectory_id"], "resolved": resolved, "tests_status": tests,
-            "exit_status": "submitted", "failure_mode": mode, "turns": 1, "tokens": None, "seconds": 1.0, "tampered": False}  # fmt: skip
+    tests = {
+        "FAIL_TO_PASS": {"success": [], "failure": [] if resolved else ["t.py::test_<b>"]},
+        "PASS_TO_PASS": {"success": ["t.py::a"], "failure": []},
+    }
+    return {"schema": 1, "instance_id": of["instance_id"], "trajectory_id": of["trajectory_id"], "resolved": resolved,
+            "tests_status": tests, "exit_status": "submitted", "failure_mode": mode, "turns": 1, "tokens": None,
+            "seconds": 1.0, "tampered": False}  # fmt: skip
 
 
 def write(path, records):
@@ -62,8 +81,17 @@ def write(path, records):
 
 def finish(path, summary, settings=None, same=None):
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"seed": 0, "mix": "turn", "schedule": "linear:2", "student": "hf:m", "teacher": "oracle", "tasks": "toy:dev"} | (settings or {})
-    path.write_text(json.dumps({"finished": 1.0, "seconds": 60.0, "settings": settings, "same": same or {}, "summary": summary}))
+    settings = {
+        "seed": 0,
+        "mix": "turn",
+        "schedule": "linear:2",
+        "student": "hf:m",
+        "teacher": "oracle",
+        "tasks": "toy:dev",
+    } | (settings or {})
+    path.write_text(
+        json.dumps({"finished": 1.0, "seconds": 60.0, "settings": settings, "same": same or {}, "summary": summary})
+    )
 
 
 def evaluate(directory, trajectories, resolved, seed=0, mode="tests_failed", tasks="toy:dev", contents="h"):
@@ -71,20 +99,38 @@ def evaluate(directory, trajectories, resolved, seed=0, mode="tests_failed", tas
     results = [result(t, place < resolved, None if place < resolved else mode) for place, t in enumerate(trajectories)]
     write(directory / "trajectories.jsonl", trajectories)
     write(directory / "results.jsonl", results)
-    scores = {"tasks": len(results), "resolved": resolved, **metrics.rate(resolved, len(results)), "infra_errors": 0, "tokens_in": 10,
-              "tokens_cached": 0, "tokens_out": 10, "failure_modes": {mode: len(results) - resolved} if resolved < len(results) else {}, "groups": {}}
+    scores = {
+        "tasks": len(results),
+        "resolved": resolved,
+        **metrics.rate(resolved, len(results)),
+        "infra_errors": 0,
+        "tokens_in": 10,
+        "tokens_cached": 0,
+        "tokens_out": 10,
+        "failure_modes": {mode: len(results) - resolved} if resolved < len(results) else {},
+        "groups": {},
+    }
     finish(directory / "manifest.json", scores, {"tasks": tasks, "seed": seed}, {"tasks": contents, "grader": "auto"})
 
 
 def collect(directory, trajectories, labels, seed=0, **settings):
     """A collected, labelled and trained iteration."""
     write(directory / "trajectories.jsonl", trajectories)
-    finish(directory / "trajectories.jsonl.manifest.json", {"beta": 0.5, "teacher_turn_share": 0.5, "teacher_token_share": 0.4,
-           "teacher_tokens_in": 100, "teacher_tokens_cached": 0, "teacher_tokens_out": 10, "student_tokens_in": 200,
-           "student_tokens_cached": 0, "student_tokens_out": 20}, {"seed": seed} | settings)  # fmt: skip
+    shares = {"beta": 0.5, "teacher_turn_share": 0.5, "teacher_token_share": 0.4}
+    teacher = {"teacher_tokens_in": 100, "teacher_tokens_cached": 0, "teacher_tokens_out": 10}
+    student = {"student_tokens_in": 200, "student_tokens_cached": 0, "student_tokens_out": 20}
+    finish(directory / "trajectories.jsonl.manifest.json", shares | teacher | student, {"seed": seed} | settings)
     write(directory / "labels.jsonl", labels)
-    finish(directory / "labels.jsonl.manifest.json", {"agree": 0.5, "states": len(labels), "tokens_in": 50, "tokens_cached": 0, "tokens_out": 5}, {"seed": seed})
-    finish(directory / "adapter/manifest.json", {"labels": len(labels), "loss": 0.25}, {"seed": seed, "data": ["x"], "init_adapter": None})
+    finish(
+        directory / "labels.jsonl.manifest.json",
+        {"agree": 0.5, "states": len(labels), "tokens_in": 50, "tokens_cached": 0, "tokens_out": 5},
+        {"seed": seed},
+    )
+    finish(
+        directory / "adapter/manifest.json",
+        {"labels": len(labels), "loss": 0.25},
+        {"seed": seed, "data": ["x"], "init_adapter": None},
+    )
 
 
 def small_run(home, seed=0, resolved=(0, 1, 3), **settings):
@@ -94,9 +140,17 @@ def small_run(home, seed=0, resolved=(0, 1, 3), **settings):
             one = trajectory("task-a", number, [("student", "ls", "exit 0"), ("teacher", "submit", None)])
             labels = [label(one, 0, say("cat x"), False), label(one, 1, say("submit"), None, "executed")]
             collect(home / f"iter_{number:03d}", [one], labels, seed, **settings)
-        evaluate(home / f"iter_{number:03d}/eval", [trajectory(f"dev-{place}", number) for place in range(4)], count, seed)
+        evaluate(
+            home / f"iter_{number:03d}/eval", [trajectory(f"dev-{place}", number) for place in range(4)], count, seed
+        )
     best = max(range(len(resolved)), key=lambda number: (resolved[number], -number))
-    evaluate(home / f"test/iter_{best:03d}", [trajectory(f"test-{place}", best) for place in range(4)], 2, seed, tasks="toy:test")
+    evaluate(
+        home / f"test/iter_{best:03d}",
+        [trajectory(f"test-{place}", best) for place in range(4)],
+        2,
+        seed,
+        tasks="toy:test",
+    )
     return home
 
 
@@ -113,11 +167,14 @@ def rows(data):
 
 
 def command(*args):
-    return subprocess.run([sys.executable, "-m", "common.report", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "common.report", *map(str, args)], cwd=ROOT, capture_output=True, text=True
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is in the page
+
 
 def test_the_command_writes_one_page_beside_the_run(tmp_path):
     done = command(small_run(tmp_path / "run"))
@@ -167,8 +224,12 @@ def test_instance_ids_are_plain_text(tmp_path):
 
 
 def test_a_trajectory_with_its_labels(tmp_path):
-    """By hand: the student's turn with another label, the teacher's own turn, a turn without a label; a reminder after it."""
-    one = trajectory("task-a", 1, [("student", "ls", "exit 0\na.py"), ("teacher", "cat a.py", "exit 0"), ("student", "pwd", "exit 0")])
+    """By hand: a student's turn with another label, the teacher's own turn, one without a label and two answers to it."""
+    one = trajectory(
+        "task-a",
+        1,
+        [("student", "ls", "exit 0\na.py"), ("teacher", "cat a.py", "exit 0"), ("student", "pwd", "exit 0")],
+    )
     one["messages"].append({"role": "user", "content": "Reply with one command."})
     labels = [label(one, 0, say("cat a.py"), False), label(one, 1, say("cat a.py"), None, "executed")]
     collect(tmp_path / "run/iter_001", [one], labels)
@@ -188,7 +249,10 @@ def test_a_trajectory_with_its_labels(tmp_path):
 def test_labels_are_found_wherever_they_lie(tmp_path):
     """--max-labels and a hand's edit may leave them scattered."""
     two = [trajectory("a"), trajectory("b")]
-    write(tmp_path / "labels.jsonl", [label(two[0], 0, "x", None), label(two[1], 0, "y", None), label(two[0], 1, "z", None)])
+    write(
+        tmp_path / "labels.jsonl",
+        [label(two[0], 0, "x", None), label(two[1], 0, "y", None), label(two[0], 1, "z", None)],
+    )
     labels = report.Labels(tmp_path / "labels.jsonl")
     assert {turn: one["label"] for turn, one in labels.of("a.i1.a0").items()} == {0: "x", 1: "z"}
     assert {turn: one["label"] for turn, one in labels.of("b.i1.a0").items()} == {0: "y"}
@@ -214,7 +278,10 @@ def test_what_is_missing_is_said(tmp_path):
     home = small_run(tmp_path / "run", resolved=(0, 1))
     one = trajectory("task-b", 3)
     write(home / "iter_003/trajectories.jsonl", [one])
-    finish(home / "iter_003/trajectories.jsonl.manifest.json", {"beta": 0.0, "teacher_turn_share": 0.0, "teacher_token_share": 0.0})
+    finish(
+        home / "iter_003/trajectories.jsonl.manifest.json",
+        {"beta": 0.0, "teacher_turn_share": 0.0, "teacher_token_share": 0.0},
+    )
     (home / "test/iter_001/manifest.json").unlink()
     report.report([home], tmp_path / "page.html")
     told = contents(tmp_path / "page.html")[0]["runs"][0]
@@ -228,7 +295,7 @@ def test_what_is_missing_is_said(tmp_path):
 
 
 def test_cost_by_hand(tmp_path):
-    """An iteration's student: 100 + 10 + 200 + 20 tokens collecting, 50 + 5 relabelling, three stages of a minute; its evaluation apart."""
+    """An iteration: 100 + 10 + 200 + 20 tokens collecting, 50 + 5 relabelling, three minutes; its evaluation apart."""
     home = small_run(tmp_path / "run")
     spent = [part["spent"] for part in report.describe_runs([metrics.read(home)])["runs"][0]["iterations"]]
     assert spent == [{"tokens": n * 385, "minutes": n * 3.0, "dollars": None} for n in range(3)]
@@ -242,7 +309,10 @@ def test_several_runs_are_compared(tmp_path):
     assert data["arms"] == ["DAgger linear:2", "SFT"] and [one["arm"] for one in data["runs"]] == [0, 0, 1, 1]
     assert [one["rate"] for one in data["means"][0]["iterations"]] == [0.0, 0.25, 0.875]
     assert data["means"][1]["test"] == {"rate": 0.5, "seeds": 2}
-    assert [pair["name"] for pair in data["pairs"]][:2] == ["SFT against DAgger linear:2, seed 0", "SFT against DAgger linear:2, seed 1"]
+    assert [pair["name"] for pair in data["pairs"]][:2] == [
+        "SFT against DAgger linear:2, seed 0",
+        "SFT against DAgger linear:2, seed 1",
+    ]
     assert len(data["pairs"]) == 4 and all(pair["difference"] == 0 for pair in data["pairs"])
     assert {row["run"] for row in rows(data)} == {0, 1, 2, 3}
 
@@ -293,14 +363,17 @@ def test_memory_is_bounded_by_the_chunk(tmp_path, monkeypatch):
     observation = "exit 0\n" + "\n".join(hashlib.sha256(bytes([n])).hexdigest() for n in range(150))
     many = [trajectory(f"a__b-{n}", 1, [("student", f"cat {n}", observation)] * 20) for n in range(100)]
     write(tmp_path / "run/iter_001/trajectories.jsonl", many)
-    finish(tmp_path / "run/iter_001/trajectories.jsonl.manifest.json", {"beta": 0.5, "teacher_turn_share": 0.0, "teacher_token_share": 0.0})
+    finish(
+        tmp_path / "run/iter_001/trajectories.jsonl.manifest.json",
+        {"beta": 0.5, "teacher_turn_share": 0.0, "teacher_token_share": 0.0},
+    )
     size = (tmp_path / "run/iter_001/trajectories.jsonl").stat().st_size
     del many
     tracemalloc.start()
     report.report([tmp_path / "run"], tmp_path / "page.html")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    data, chunks = contents(tmp_path / "page.html")
+    _, chunks = contents(tmp_path / "page.html")
     assert size > 19e6 and peak < 6e6
     assert len(chunks) >= 50 and sum(map(len, chunks)) == 100
 
@@ -311,8 +384,14 @@ def test_a_small_run_is_quick(tmp_path):
     for number in range(4):
         if number:
             batch = [trajectory(f"task-{n}", number, turns) for n in range(96)]
-            collect(tmp_path / f"run/iter_{number:03d}", batch, [label(t, n, say("ls"), False) for t in batch for n in range(8)])
-        evaluate(tmp_path / f"run/iter_{number:03d}/eval", [trajectory(f"dev-{n}", number, turns) for n in range(80)], 3)
+            collect(
+                tmp_path / f"run/iter_{number:03d}",
+                batch,
+                [label(t, n, say("ls"), False) for t in batch for n in range(8)],
+            )
+        evaluate(
+            tmp_path / f"run/iter_{number:03d}/eval", [trajectory(f"dev-{n}", number, turns) for n in range(80)], 3
+        )
     began = time.process_time()
     report.report([tmp_path / "run"], tmp_path / "page.html")
     assert time.process_time() - began < 3
@@ -326,14 +405,17 @@ LONG = "exit 1\n" + "\n".join(f"line {n} of the log" for n in range(200))
 
 @pytest.fixture(scope="module")
 def page_path(tmp_path_factory):
-    """Two iterations. Collected: one of four turns with hostile and long output and two labels that differ; 150 plain ones."""
+    """Two iterations. Collected: one of four turns, hostile and long output, two labels that differ; 150 plain ones."""
     home = small_run(tmp_path_factory.mktemp("runs") / "laptop")
     turns = [("student", "grep -rn 'def total'", HOSTILE), ("student", "sed -i 's/min(x)/max(x)/' a.py", LONG),
              ("teacher", "pytest", "exit 0\n..."), ("student", "submit", None)]  # fmt: skip
     one = trajectory("a__b-1", 1, turns, issue="The total is wrong. " + HOSTILE)
-    labels = [label(one, 0, say("grep -rn 'def total'", "Search."), True), label(one, 1, say("sed -i 's/min(x)/min(x, 0)/' a.py"), False),
-              label(one, 2, say("pytest"), None, "executed"), label(one, 3, say("pytest " + HOSTILE), False)]  # fmt: skip
-    plain = [trajectory(f"plain-{n:03d}", 1, [("teacher", "submit", None)], issue=("Long " * 60 + f"needle{n}x")) for n in range(150)]
+    labels = [label(one, 0, say("grep -rn 'def total'", "Search."), True),
+              label(one, 1, say("sed -i 's/min(x)/min(x, 0)/' a.py"), False), label(one, 2, say("pytest"), None, "executed"), label(one, 3, say("pytest " + HOSTILE), False)]  # fmt: skip
+    plain = [
+        trajectory(f"plain-{n:03d}", 1, [("teacher", "submit", None)], issue=("Long " * 60 + f"needle{n}x"))
+        for n in range(150)
+    ]
     collect(home / "iter_001", [one, *plain], labels)
     report.report([home], home / "report.html")
     return home / "report.html"
@@ -367,7 +449,11 @@ def count(page):
 
 
 def choose(page, name, value):
-    page.run("const s = document.querySelector(`#filters select[name=${arguments[0]}]`); s.value = arguments[1]; s.dispatchEvent(new Event('change'))", name, value)
+    script = (
+        "const select = document.querySelector(`#filters select[name=${arguments[0]}]`);"
+        "select.value = arguments[1]; select.dispatchEvent(new Event('change'))"
+    )
+    page.run(script, name, value)
 
 
 def wait_title(page, name):
@@ -389,8 +475,10 @@ class TestBrowser:
         assert "3/4 = 75 %" in page.run("return document.querySelector('#overview table').innerText")
 
     def test_the_policy_forbids_scripts_and_the_network(self, page):
-        page.run("const s = document.createElement('script'); s.textContent = 'window.ran = 4'; document.body.append(s);"
-                 "const i = new Image(); i.src = 'http://127.0.0.1:9/x.png'; document.body.append(i)")  # fmt: skip
+        page.run(
+            "const s = document.createElement('script'); s.textContent = 'window.ran = 4'; document.body.append(s)"
+        )
+        page.run("const i = new Image(); i.src = 'http://127.0.0.1:9/x.png'; document.body.append(i)")
         assert page.run("return fetch('http://127.0.0.1:9/').then(() => 'loaded', () => 'refused')") == "refused"
         assert page.run("return window.ran === undefined")
         assert len([line for line in page.log() if "Content Security Policy" in line["message"]]) >= 3
@@ -468,11 +556,16 @@ class TestBrowser:
     def test_a_label_stands_beside_what_was_executed_with_the_differences_marked(self, page, page_path):
         opened_at(page, page_path, f"{FIRST}/1")
         page.wait("document.querySelectorAll('.turn').length === 4")
-        marked = "return [...document.querySelectorAll(`#turn-1 .action.${arguments[0]} mark`)].map((one) => one.textContent)"
+        marked = (
+            "return [...document.querySelectorAll(`#turn-1 .action.${arguments[0]} mark`)].map((m) => m.textContent)"
+        )
         assert page.run(marked, "student") == ["max"] and page.run(marked, "teacher") == ["min", ", 0"]
         assert "The label has the same command." in page.run("return document.querySelector('#turn-0').innerText")
         assert page.run("return document.querySelector('#turn-2').innerText").count("pytest") == 1  # its own label
-        assert page.run("return [...document.querySelectorAll('.strip button')].map((one) => one.textContent).join('')") == "SSTS"
+        assert (
+            page.run("return [...document.querySelectorAll('.strip button')].map((one) => one.textContent).join('')")
+            == "SSTS"
+        )
         assert page.run("return document.querySelectorAll('.strip .differs').length") == 2
 
     def test_long_observations_are_folded(self, page, page_path):
@@ -540,16 +633,20 @@ class TestBrowser:
 
 CONTRAST = """
 const numbers = (text) => text.match(/[\\d.]+/g).map(Number);
-const light = ([r, g, b]) => [r, g, b].map((v) => v / 255).map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)).reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-const ground = (e) => { for (; e; e = e.parentElement) { const c = numbers(getComputedStyle(e).backgroundColor); if (c.length < 4 || c[3] === 1) return c; } };
+const linear = (v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+const light = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
+const ground = (e) => {
+  const colour = numbers(getComputedStyle(e).backgroundColor);
+  return colour.length < 4 || colour[3] === 1 ? colour : ground(e.parentElement);
+};
 const bad = [];
 for (const e of document.querySelectorAll("body *")) {
   const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
   if (!own || !e.checkVisibility() || e.disabled) continue;
   const style = getComputedStyle(e), svg = e instanceof SVGElement;
-  const [a, b] = [light(numbers(svg ? style.fill : style.color)), light(ground(svg ? e.closest("svg").parentElement : e))];
+  const a = light(numbers(svg ? style.fill : style.color)), b = light(ground(svg ? e.closest("svg").parentElement : e));
   const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-  if (ratio < 4.5) bad.push(`${e.tagName} ${e.className.baseVal ?? e.className} ${e.textContent.slice(0, 30)} ${ratio.toFixed(2)}`);
+  if (ratio < 4.5) bad.push(`${e.outerHTML.slice(0, 80)} ${ratio.toFixed(2)}`);
 }
 return bad;
 """

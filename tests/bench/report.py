@@ -3,9 +3,9 @@
     .venv/bin/python tests/bench/report.py                         2,000 trajectories of 50 turns
     .venv/bin/python tests/bench/report.py --trajectories 200 --turns 10
 
-Makes a run of one iteration by seed: observations of about 600 tokens (pieces of a file that is made for the
-episode, so what is printed again packs well), labels of which a third differ, and writes its page in a process of its own. Then headless Chromium opens the page
-(where there is one): until the first list is drawn, and until a trajectory that was asked for can be read.
+Makes a run of one iteration by seed: observations of about 600 tokens (pieces of a file that is made for the episode, so
+what is printed again packs well), labels of which a third differ, and writes its page in a process of its own. Then
+headless Chromium, where there is one, opens the page: until the first list is drawn, and until a trajectory that was asked for can be read.
 """
 
 import argparse
@@ -26,14 +26,49 @@ POLICY = {"model": "hf:model", "adapter": None, "adapter_hash": None, "quantisat
 
 
 def vocabulary(chance: random.Random) -> list[str]:
-    parts = ["get", "set", "parse", "value", "node", "field", "model", "query", "path", "cache", "index", "name", "test"]
-    words = ["self", "return", "def", "if", "not", "None", "in", "for", "import", "assert", "(", ")", ":", "=", ".", ",", "[", "]"]
+    parts = [
+        "get",
+        "set",
+        "parse",
+        "value",
+        "node",
+        "field",
+        "model",
+        "query",
+        "path",
+        "cache",
+        "index",
+        "name",
+        "test",
+    ]
+    words = [
+        "self",
+        "return",
+        "def",
+        "if",
+        "not",
+        "None",
+        "in",
+        "for",
+        "import",
+        "assert",
+        "(",
+        ")",
+        ":",
+        "=",
+        ".",
+        ",",
+        "[",
+        "]",
+    ]
     return words * 6 + ["_".join(chance.sample(parts, chance.randint(1, 3))) for _ in range(3000)]
 
 
 def source(chance: random.Random, words: list[str]) -> list[str]:
     """A file of 400 lines."""
-    return [f"{number:>4}  {' ' * 4 * chance.randint(0, 3)}{' '.join(chance.choices(words, k=7))}" for number in range(400)]
+    return [
+        f"{number:>4}  {' ' * 4 * chance.randint(0, 3)}{' '.join(chance.choices(words, k=7))}" for number in range(400)
+    ]
 
 
 def observation(chance: random.Random, lines: list[str]) -> str:
@@ -58,7 +93,9 @@ def trajectory(chance: random.Random, words: list[str], number: int, turns: int)
         text, command = action(chance, words)
         messages.append({"role": "assistant", "content": text, "turn": turn, "actor": actor, "command": command, "logprob": -0.2,
                          "finish_reason": "stop", "tokens": {"in": 900, "cached": 800, "out": 60}, "seconds": 1.5})  # fmt: skip
-        messages.append({"role": "user", "content": observation(chance, lines), "exit_code": 0, "seconds": 0.1, "truncated": False})
+        messages.append(
+            {"role": "user", "content": observation(chance, lines), "exit_code": 0, "seconds": 0.1, "truncated": False}
+        )
         agrees = None if actor == "teacher" else chance.random() < 2 / 3
         labels.append(head | {"turn": turn, "label": action(chance, words)[0] if agrees is False else text, "valid": True,
                               "reason": None, "source": "executed" if actor == "teacher" else "queried", "teacher": POLICY,
@@ -81,7 +118,14 @@ def make_run(home: Path, trajectories: int, turns: int) -> int:
             record, labels = trajectory(chance, words, number, turns)
             rolled.write(json.dumps(record) + "\n")
             labelled.writelines(json.dumps(label) + "\n" for label in labels)
-    settings = {"mix": "turn", "schedule": "linear:2", "beta": None, "teacher": "hf:teacher", "student": "hf:model", "seed": 0}
+    settings = {
+        "mix": "turn",
+        "schedule": "linear:2",
+        "beta": None,
+        "teacher": "hf:teacher",
+        "student": "hf:model",
+        "seed": 0,
+    }
     base = {"finished": 1.0, "seconds": 60.0, "settings": settings, "same": {}}
     shares = {"beta": 0.5, "teacher_turn_share": 0.5, "teacher_token_share": 0.5}
     collect = {"trajectories": trajectories, "turns": trajectories * turns} | shares
@@ -104,7 +148,9 @@ def main() -> None:
                        stdout=subprocess.DEVNULL)  # fmt: skip
         seconds, used = time.time() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
         opened = open_in_browser(page)
-        print("| trajectories | turns | data MB | page MB | write s | CPU s | peak MB | open s | trajectory s | heap MB |")
+        print(
+            "| trajectories | turns | data MB | page MB | write s | CPU s | peak MB | open s | trajectory s | heap MB |"
+        )
         print("|---|---|---|---|---|---|---|---|---|---|")
         print(f"| {args.trajectories} | {args.turns} | {size / 1e6:.0f} | {page.stat().st_size / 1e6:.0f} | {seconds:.1f} "
               f"| {used.ru_utime + used.ru_stime:.1f} | {used.ru_maxrss / 1024:.0f} | {' | '.join(opened)} |")  # fmt: skip
@@ -121,7 +167,9 @@ def open_in_browser(page: Path) -> list[str]:
         opened.go(page.as_uri() + "#trajectories")
         opened.wait("document.querySelectorAll('.row').length > 5", 120)
         listed = time.time() - began
-        took = opened.run("const began = performance.now(); return openTrajectory(trajectories.length >> 1, 0).then(() => performance.now() - began)")
+        took = opened.run(
+            "const began = performance.now(); return openTrajectory(trajectories.length >> 1, 0).then(() => performance.now() - began)"
+        )
         assert opened.run("return document.querySelectorAll('.turn').length") > 0
         used = opened.run("return performance.memory.usedJSHeapSize")
     return [f"{listed:.1f}", f"{took / 1000:.2f}", f"{used / 1e6:.0f}"]
