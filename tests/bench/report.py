@@ -3,9 +3,10 @@
     .venv/bin/python tests/bench/report.py                         2,000 trajectories of 50 turns
     .venv/bin/python tests/bench/report.py --trajectories 200 --turns 10
 
-Makes a run of one iteration by seed: observations of about 600 tokens (pieces of a file that is made for the episode, so
-what is printed again packs well), labels of which a third differ, and writes its page in a process of its own. Then
-headless Chromium, where there is one, opens the page: until the first list is drawn, and until a trajectory that was asked for can be read.
+Makes a run of one iteration by seed: observations of about 600 tokens (pieces of a file that is made for the episode,
+so what is printed again packs well), labels of which a third differ, and writes its page in a process of its own. Then
+headless Chromium, where there is one, opens the page: until the first list is drawn, and until a trajectory that was
+asked for can be read.
 """
 
 import argparse
@@ -88,23 +89,21 @@ def trajectory(chance: random.Random, words: list[str], number: int, turns: int)
     issue = f"Issue {number}. " + " ".join(chance.choices(words, k=250))
     messages = [{"role": "system", "content": "You repair software."}, {"role": "user", "content": issue}]
     labels, lines = [], source(chance, words)
+    tokens = {"in": 900, "cached": 800, "out": 60}
     for turn in range(turns):
         actor = chance.choice(["student", "teacher"])
         text, command = action(chance, words)
-        messages.append({"role": "assistant", "content": text, "turn": turn, "actor": actor, "command": command, "logprob": -0.2,
-                         "finish_reason": "stop", "tokens": {"in": 900, "cached": 800, "out": 60}, "seconds": 1.5})  # fmt: skip
-        messages.append(
-            {"role": "user", "content": observation(chance, lines), "exit_code": 0, "seconds": 0.1, "truncated": False}
-        )
+        said = {"role": "assistant", "content": text, "turn": turn, "actor": actor, "command": command, "logprob": -0.2}
+        messages.append(said | {"finish_reason": "stop", "tokens": tokens, "seconds": 1.5})
+        seen = {"role": "user", "content": observation(chance, lines)}
+        messages.append(seen | {"exit_code": 0, "seconds": 0.1, "truncated": False})
         agrees = None if actor == "teacher" else chance.random() < 2 / 3
-        labels.append(head | {"turn": turn, "label": action(chance, words)[0] if agrees is False else text, "valid": True,
-                              "reason": None, "source": "executed" if actor == "teacher" else "queried", "teacher": POLICY,
-                              "tokens": {"in": 900, "cached": 800, "out": 60}, "seconds": 1.0, "agrees": agrees})  # fmt: skip
-    record = head | {
-        "base_commit": f"{number:040x}", "attempt": 0, "seed": 0, "mix": "turn", "beta": 0.5, "student": POLICY, "teacher": POLICY,
-        "prompt": "swe-1", "limits": {}, "messages": messages, "exit_status": "submitted", "patch": "", "started": 0, "finished": 90,
-    }  # fmt: skip
-    return record, labels
+        label = {"turn": turn, "label": action(chance, words)[0] if agrees is False else text, "agrees": agrees}
+        label |= {"valid": True, "reason": None, "source": "executed" if actor == "teacher" else "queried"}
+        labels.append(head | label | {"teacher": POLICY, "tokens": tokens, "seconds": 1.0})
+    record = {"base_commit": f"{number:040x}", "attempt": 0, "seed": 0, "mix": "turn", "beta": 0.5, "student": POLICY}
+    record |= {"teacher": POLICY, "prompt": "swe-1", "limits": {}, "messages": messages, "exit_status": "submitted"}
+    return head | record | {"patch": "", "started": 0, "finished": 90}, labels
 
 
 def make_run(home: Path, trajectories: int, turns: int) -> int:
@@ -148,12 +147,13 @@ def main() -> None:
                        stdout=subprocess.DEVNULL)  # fmt: skip
         seconds, used = time.time() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
         opened = open_in_browser(page)
-        print(
-            "| trajectories | turns | data MB | page MB | write s | CPU s | peak MB | open s | trajectory s | heap MB |"
+        heads = "trajectories, turns, data MB, page MB, write s, CPU s, peak MB, open s, trajectory s, heap MB".split(
+            ", "
         )
-        print("|---|---|---|---|---|---|---|---|---|---|")
-        print(f"| {args.trajectories} | {args.turns} | {size / 1e6:.0f} | {page.stat().st_size / 1e6:.0f} | {seconds:.1f} "
-              f"| {used.ru_utime + used.ru_stime:.1f} | {used.ru_maxrss / 1024:.0f} | {' | '.join(opened)} |")  # fmt: skip
+        cells = [args.trajectories, args.turns, f"{size / 1e6:.0f}", f"{page.stat().st_size / 1e6:.0f}"]
+        cells += [f"{seconds:.1f}", f"{used.ru_utime + used.ru_stime:.1f}", f"{used.ru_maxrss / 1024:.0f}", *opened]
+        for line in (heads, ["---"] * len(heads), cells):
+            print(f"| {' | '.join(map(str, line))} |")
 
 
 def open_in_browser(page: Path) -> list[str]:
@@ -168,7 +168,8 @@ def open_in_browser(page: Path) -> list[str]:
         opened.wait("document.querySelectorAll('.row').length > 5", 120)
         listed = time.time() - began
         took = opened.run(
-            "const began = performance.now(); return openTrajectory(trajectories.length >> 1, 0).then(() => performance.now() - began)"
+            "const began = performance.now();"
+            "return openTrajectory(trajectories.length >> 1, 0).then(() => performance.now() - began)"
         )
         assert opened.run("return document.querySelectorAll('.turn').length") > 0
         used = opened.run("return performance.memory.usedJSHeapSize")
