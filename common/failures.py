@@ -4,18 +4,18 @@ The first that fits, in this order. The kinds are the paper's; the definitions a
 
 The episode did not end by submitting (whatever its patch is worth):
 * format_limit: it ended after several turns in a row without a command.
-* repeated_command: it ended at another limit, and its last commands go in a circle: one command three times in a row, or
-  several gone through twice in the same order, up to the last one (A B A B, A B C A B C, ...). Equal means equal text,
-  whatever was printed; a turn without a command is no part of a circle.
+* repeated_command: it ended at another limit, and its last commands go in a circle: one command three times in a row,
+  or several gone through twice in the same order, up to the last one (A B A B, A B C A B C, ...). Equal means equal
+  text, whatever was printed; a turn without a command is no part of a circle.
 * turn_limit, context_limit, token_limit, time_limit: the other ends, as the trajectory's exit_status has them.
 
 It was submitted, or all that we have is a patch (--predictions):
 * no_patch: nothing was changed.
 * patch_not_applied: the patch does not apply to a clean checkout.
 * broken_code: the edit breaks syntax or import. Either a Python file of the repository could be parsed before and no
-  longer can (the local grader looks, with our Python's grammar); or there is a file with PASS_TO_PASS tests of which not
-  one passes, and the log says that it could not be imported. FAIL_TO_PASS tests alone show nothing: they often import
-  what the repair has yet to add.
+  longer can (the local grader looks, with our Python's grammar); or there is a file with PASS_TO_PASS tests of which
+  not one passes, and the log says that it could not be imported. FAIL_TO_PASS tests alone show nothing: they often
+  import what the repair has yet to add.
 * wrong_file: the patch changes none of the files that the gold patch changes.
 * tests_failed: the right file, or one of them, and a test still fails; timeouts of the tests are here as well.
 
@@ -51,8 +51,8 @@ _IMPORT = re.compile(  # what pytest and unittest say of a test file that they c
 
 
 def failure_mode(row: dict, trajectory: dict | None, patch: str, verdict: dict) -> str | None:
-    """The failure mode of one graded patch. row: the task; trajectory: None where there is a patch alone (a prediction's
-    record will do); verdict: what grading.grade or official.grade returned."""
+    """The failure mode of one graded patch. row: the task; trajectory: None where there is a patch alone (the record
+    of a prediction will do); verdict: what grading.grade or official.grade returned."""
     if verdict["resolved"]:
         return None
     end = (trajectory or {}).get("exit_status")
@@ -85,8 +85,8 @@ def breaks_code(verdict: dict) -> bool:
     if _HEAD.match(verdict["log"]):
         return True
     status = verdict["tests_status"]["PASS_TO_PASS"]
-    passing, failing = ({name.split("::")[0] if "::" in name else "" for name in status[k]} for k in ("success", "failure"))
-    lost = failing - passing
+    of = {end: {name.split("::")[0] if "::" in name else "" for name in status[end]} for end in ("success", "failure")}
+    lost = of["failure"] - of["success"]  # files, or "" for all tests whose names do not say
     return bool(lost) and any(
         not match[0].startswith(("ERROR ", "_")) or any(path in match[0] for path in lost)
         for match in _IMPORT.finditer(verdict["log"])

@@ -60,13 +60,13 @@ def paired(a: Outcomes, b: Outcomes) -> dict:
 def combine_seeds(pairs: list[tuple[Outcomes, Outcomes]], *, draws: int = 10_000, seed: int = 0) -> dict:
     """Two arms in several seeds, one pair (a, b) for each: the mean difference of their rates (b - a), two intervals.
 
-    low, high: hierarchical bootstrap (seeds, then the tasks in each), percentiles 2.5 and 97.5 of `draws` means. A draw
-    takes as many seeds as there are, with replacement, and for each of them as many tasks, with replacement, the same for
-    both arms. With few seeds it is too narrow: S seeds drawn with replacement vary by (S - 1) / S of what they should.
-    In simulations with 300 tasks and seeds that differ by a standard deviation of 6 points, it covered the truth in 89 %
-    (3 seeds) and 91 % (5 seeds). With one seed it tells of tasks alone.
-    t_low, t_high: Student's t interval of the mean over the seeds' differences, for which a seed is one observation; None
-    with one seed. With three seeds it is wide (t = 4.3), and rightly. Claim what both say.
+    low, high: hierarchical bootstrap (seeds, then the tasks in each), percentiles 2.5 and 97.5 of `draws` means. A
+    draw takes as many seeds as there are, with replacement, and for each of them as many tasks, with replacement, the
+    same for both arms. With few seeds it is too narrow: S seeds drawn with replacement vary by (S - 1) / S of what they
+    should. In simulations with 300 tasks and seeds that differ by a standard deviation of 6 points it covered the truth
+    in about 89 % with three seeds and 91 % with five. With one seed it tells of tasks alone.
+    t_low, t_high: Student's t interval of the mean over the seeds' differences, for which a seed is one observation;
+    None with one seed. With three seeds it is wide (t = 4.3), and rightly. Claim what both say.
 
     Returns seeds, tasks, differences (one a seed), difference, low, high, t_low, t_high. Raises InputError where the
     tasks differ, between arms or between seeds.

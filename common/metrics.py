@@ -1,15 +1,15 @@
 """What came out of runs: summaries, and the table and the comparisons of several arms and seeds.
 
-    python -m common.metrics runs/laptop                                   one run, iteration by iteration
-    python -m common.metrics runs/sft0 runs/sft1 runs/dagger0 runs/dagger1     the first run's arm is compared with the others
+    python -m common.metrics runs/laptop                                       one run
+    python -m common.metrics runs/sft0 runs/sft1 runs/dagger0 runs/dagger1     every other arm against the first one's
 
-Writes iter_NNN/summary.json into each run. Runs are put together by their arm (all settings but the seed are equal) and
-compared seed by seed, on the same tasks: on the test tasks if both arms have been tested there with the iteration that the
-evaluation tasks chose (common.table), else on the evaluation tasks, which favours the arm with more iterations to choose
-from. Runs that were evaluated differently are refused with the difference named.
+Writes iter_NNN/summary.json into each run. Runs are put together by their arm (all settings but the seed are equal)
+and compared seed by seed, on the same tasks: on the test tasks if both arms have met them with the iteration that the
+evaluation tasks chose (common.table), else on the evaluation tasks, which favours the arm with more iterations to
+choose from. Runs that were evaluated differently are refused with the difference named.
 
-The numbers, each with its definition: common/intervals.py (rates, paired differences, several seeds), common/failures.py
-(failure modes), common/runs.py (summaries, covariate shift, arms).
+The numbers, each with its definition: common/intervals.py (rates, paired differences, several seeds),
+common/failures.py (failure modes), common/runs.py (summaries, covariate shift, arms).
 """
 
 import sys
@@ -24,8 +24,8 @@ from common.runs import (
     Run, arm_names, check_comparable, outcomes, read, shift, shift_rows, summarise, write_summaries,
 )  # fmt: skip
 
-__all__ = ["FAILURE_MODES", "Run", "arm_names", "check_comparable", "combine_seeds", "compare", "failure_mode", "outcomes",
-           "paired", "rate", "read", "shift", "shift_rows", "summarise", "write_summaries"]  # fmt: skip
+__all__ = ["FAILURE_MODES", "Run", "arm_names", "check_comparable", "combine_seeds", "compare", "failure_mode",
+           "outcomes", "paired", "rate", "read", "shift", "shift_rows", "summarise", "write_summaries"]  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -86,6 +86,8 @@ def show(runs: list[Run]) -> None:
     first, *others = arms
     for other in others:
         _show_comparison(first, other, compare(arms[first], arms[other]))
+    if others:
+        print(f"\ngained, lost: tasks that the arm alone resolved, and those that {first} alone did")
 
 
 def _show_comparison(first: str, other: str, found: dict | None) -> None:
@@ -99,7 +101,7 @@ def _show_comparison(first: str, other: str, found: dict | None) -> None:
          f"{_points(one['low'])} to {_points(one['high'])}", str(one["only_b"]), str(one["only_a"]), f"{one['p']:.2g}"]
         for seed, one in found["seeds"].items()
     ]  # fmt: skip
-    _columns(["", first, other, "points", "95 %", "only the latter", "only the former", "McNemar p"], lines)
+    _columns(["", first, other, "points", "95 %", "gained", "lost", "McNemar p"], lines)
     whole = found["together"]
     seeds = f"{whole['seeds']} seeds" if whole["seeds"] > 1 else "1 seed"
     print(f"  {seeds} together: {_points(whole['difference'])} points; 95 %: {_points(whole['low'])} to "
@@ -129,11 +131,11 @@ def _points(share: float) -> str:
 
 
 def _columns(heads: list[str], lines: list[list[str]]) -> None:
-    """Print columns; words to the left, numbers to the right."""
+    """Print columns: the first to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(heads, *lines)]
     for line in (heads, ["-" * width for width in widths], *lines):
-        cells = (cell.ljust(width) if place == 0 else cell.rjust(width) for place, (cell, width) in enumerate(zip(line, widths)))
-        print("  ".join(cells).rstrip())
+        numbers = [cell.rjust(width) for cell, width in zip(line, widths)][1:]
+        print("  ".join([line[0].ljust(widths[0]), *numbers]).rstrip())
 
 
 def _main() -> None:

@@ -1,8 +1,8 @@
 """What a run directory holds, as numbers: a summary of each iteration, the settings that make its arm.
 
 Everything comes from finished stages: their manifests, results.jsonl, labels.jsonl, adapter/label_nll.jsonl. Runs of
-older code can be read; what they did not record is None. The recorded failure modes are taken as they are: after a change
-of their definitions, `04_eval.py --regrade` works them out again from the logs.
+older code can be read; what they did not record is None. The recorded failure modes are taken as they are: after a
+change of their definitions, `04_eval.py --regrade` works them out again from the logs.
 """
 
 import json
@@ -17,14 +17,15 @@ TOKENS = ("in", "cached", "out")
 
 # setting -> the stage whose manifest has it. What makes an arm, and with `seed`, `aggregate` and `code` a run.
 SETTINGS = {
-    **dict.fromkeys(("mix", "schedule", "beta", "prefix_turns", "teacher", "student", "tasks", "sample", "attempts", "limit",
-                     "temperature", "top_p", "max_turns", "max_context", "max_tokens", "max_new_tokens"), "collect"),
+    **dict.fromkeys(("mix", "schedule", "beta", "prefix_turns", "teacher", "student", "tasks", "sample", "attempts",
+                     "limit", "temperature", "top_p", "max_turns", "max_context", "max_tokens", "max_new_tokens"),
+                    "collect"),
     **dict.fromkeys(("max_labels", "label_states"), "relabel"),
-    **dict.fromkeys(("keep", "epochs", "steps_per_epoch", "max_steps", "lr", "warmup", "batch_size", "loss_norm", "packing",
-                     "quant", "lora_rank", "lora_alpha", "clip"), "train"),
+    **dict.fromkeys(("keep", "epochs", "steps_per_epoch", "max_steps", "lr", "warmup", "batch_size", "loss_norm",
+                     "packing", "quant", "lora_rank", "lora_alpha", "clip"), "train"),
 }  # fmt: skip
 DEFAULTS = {"keep": "all", "label_states": "all"}  # what code without these knobs did
-OF_MIX = {"schedule": "turn", "beta": "turn", "prefix_turns": "prefix"}  # settings that mean something with one --mix alone
+OF_MIX = {"schedule": "turn", "beta": "turn", "prefix_turns": "prefix"}  # these say something with one --mix alone
 
 
 @dataclass(kw_only=True)
@@ -89,7 +90,8 @@ def summarise(directory: str | Path) -> dict:
     directory = Path(directory)
     found = {name: table.manifest(directory / file) for name, file in table.STAGES.items()}
     collect, labels, train = (
-        found[name] and {"seconds": found[name]["seconds"]} | found[name]["summary"] for name in ("collect", "relabel", "train")
+        content and {"seconds": content["seconds"]} | content["summary"]
+        for content in (found["collect"], found["relabel"], found["train"])
     )
     scores = _scores(found["eval"])
     rows = None
@@ -121,7 +123,7 @@ def outcomes(directory: str | Path) -> dict[str, bool]:
     path = Path(directory) / "results.jsonl"
     for result in jsonl.read(path, "result"):
         if result["instance_id"] in found:
-            raise InputError(f"{path}: {result['instance_id']!r} has several results: these are of attempts, not of tasks")
+            raise InputError(f"{path}: {result['instance_id']!r} has several results: of attempts, not of tasks")
         found[result["instance_id"]] = result["resolved"]
     return found
 
@@ -163,13 +165,13 @@ def shift_rows(directory: str | Path) -> list[dict] | None:
 def shift(rows: list[dict]) -> list[dict]:
     """How well the student does what the teacher would do, where the teacher alone made the history and elsewhere.
 
-    rows: of shift_rows. Returns, for history "teacher" (no turn of the student before this one; turn 0 is always of this
-    kind) and "student" (at least one), the sum over all turns (turn None) and each turn:
+    rows: of shift_rows. Returns, for history "teacher" (no turn of the student before this one; turn 0 is always of
+    this kind) and "student" (at least one), the sum over all turns (turn None) and each turn:
     labels, tokens: how many were measured.
     before, after: the student's mean negative log-likelihood per label token (nats), before and after training on them.
         All tokens weigh the same, as in the loss of 03 (--loss-norm token); None where nothing was measured.
     compared, agree: the student's own turns, and the share of them at which the teacher's command is the same (equal
-        text; a label without a valid command does not agree), None without one. Of all labels, not of the measured ones.
+        text; an invalid label does not agree), None without one. Of all labels, not of the measured ones alone.
     If the student does worse where it made the history, that is the covariate shift that DAgger is about. Deeper turns
     are other turns (there one edits and submits): compare histories at the same turn.
     """
@@ -232,8 +234,8 @@ def arm_names(runs: list[Run]) -> list[str]:
 def check_comparable(runs: list[Run]) -> None:
     """Raises InputError that names the first difference between these runs' evaluations, with both values.
 
-    The tasks and their contents, who graded and for how long, the prompts, the agent's limits and the student's sampling
-    must be equal; on the evaluation tasks in all iterations, and on the test tasks.
+    The tasks and their contents, who graded and for how long, the prompts, the agent's limits and the student's
+    sampling must be equal; on the evaluation tasks in all iterations, and on the test tasks.
     """
     for pattern in ("iter_[0-9][0-9][0-9]/eval", "test/iter_*"):
         places = [place for found in runs for place in sorted(found.home.glob(pattern))]
@@ -289,7 +291,7 @@ def _settings(stages: dict[int, dict[str, dict]]) -> tuple[dict, int | None]:
     settings |= {name: None for name, mix in OF_MIX.items() if settings["mix"] != mix}
     student = of.get("eval", {}).get("student") or settings["student"]
     settings["student"] = student and re.sub(r",adapter=[^,]*", "", student)
-    settings["aggregate"] = _aggregation({number: found["train"] for number, found in stages.items() if "train" in found})
+    settings["aggregate"] = _aggregation({i: found["train"] for i, found in stages.items() if "train" in found})
     seeds = [content["seed"] for content in of.values() if content.get("seed") is not None]
     made = first.get("collect") or next(iter(first.values()))
     commit, diff = made.get("commit"), made.get("diff")
@@ -298,7 +300,7 @@ def _settings(stages: dict[int, dict[str, dict]]) -> tuple[dict, int | None]:
 
 
 def _aggregation(trained: dict[int, dict]) -> str | None:
-    """union, window:K or current, from the last iteration that was trained; None before the second, where all are one."""
+    """union, window:K or current, of the last iteration that was trained; None before the second, where all are one."""
     if not trained or max(trained) < 2:
         return None
     settings = trained[max(trained)]["settings"]

@@ -69,20 +69,20 @@ def test_seeds_together_by_hand():
 
 
 def test_intervals_over_seeds_cover_the_truth():
-    """500 experiments of eight seeds and 60 tasks whose true difference is 0.1; tasks and seeds differ in how much b gains.
+    """300 experiments of eight seeds and 60 tasks whose true difference is 0.1; tasks and seeds differ in how much b gains.
 
-    Both intervals should cover it in about 95 % of them. With a true coverage of 93.5 % or more, fewer than 89 % has a
-    probability below 1e-4 (binomial). An interval that forgets that tasks of one seed share a student covers it in 81 %.
+    Both intervals should cover it in about 95 % of them. With a true coverage of 93.5 % or more, fewer than 88 % has a
+    probability below 2e-4 (binomial). An interval that forgets that tasks of one seed share a student covers it in 81 %.
     """
     random, covered, seeds, n = np.random.default_rng(5), np.zeros(2), 8, 60
-    for experiment in range(500):
+    for experiment in range(300):
         base, of_task, of_seed = random.uniform(0.3, 0.6, n), random.uniform(-0.1, 0.1, n), random.uniform(-0.15, 0.15, (seeds, 1))
         a, b = random.random((seeds, n)) < base, random.random((seeds, n)) < base + 0.1 + of_task + of_seed
         names = [str(task) for task in range(n)]
         runs = [tuple(dict(zip(names, arm[s].tolist())) for arm in (a, b)) for s in range(seeds)]
-        found = metrics.combine_seeds(runs, draws=400, seed=experiment)
+        found = metrics.combine_seeds(runs, draws=300, seed=experiment)
         covered += [found["low"] <= 0.1 <= found["high"], found["t_low"] <= 0.1 <= found["t_high"]]
-    assert (covered / 500 > 0.89).all(), covered / 500
+    assert (covered / 300 >= 0.88).all(), covered / 300
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,8 +312,13 @@ def test_the_command_compares_arms_seed_by_seed_on_the_test_tasks(tmp_path):
     assert "DAgger linear:2 against SFT, each at its chosen iteration, on toy:test" in shown
     assert ["seed", "0", "16.7%", "66.7%", "+50.0"] in [row[:5] for row in rows] and "0.25" in shown
     assert "2 seeds together: +58.3 points" in shown and "-47.6 to +164.2 (t over seeds)" in shown
+    arms = [[metrics.read(home) for home in arm] for arm in (sft, dagger)]
+    assert metrics.compare(*arms)["test"] and list(metrics.compare(*arms)["seeds"]) == [0, 1]
     (dagger[1] / "test/iter_001/manifest.json").unlink()
-    assert "on toy:dev; not both have met the test tasks" in table(*sft, *dagger)
+    arms[1][1] = metrics.read(dagger[1])
+    found = metrics.compare(*arms)  # one has not met the test tasks, so none counts there
+    assert (found["test"], found["on"], found["together"]["difference"]) == (False, "toy:dev", 0)
+    assert metrics.compare(arms[0][:1], arms[1][1:]) is None  # other seeds
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
