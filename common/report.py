@@ -492,8 +492,8 @@ def comparisons(arms: list[str], runs: list[list[metrics.Run]]) -> tuple[list[di
     if rows:
         told.append(
             "Each run at its chosen iteration, on the same tasks. A seed's row: Newcombe's interval for paired "
-            "proportions, and McNemar's exact test; both are about other tasks of this kind, not about other seeds. Claim what the "
-            "bootstrap and the t interval both say."
+            "proportions, and McNemar's exact test; both are about other tasks of this kind, not about other seeds. Claim "
+            "what the bootstrap and the t interval both say."
         )
     return rows, told
 

@@ -116,7 +116,8 @@ def open(width: int = 1200, height: int = 800, dark: bool = False) -> Iterator[P
 
 def _session(server: str, profile: str, driver: subprocess.Popen) -> str:
     flags = ["--headless=new", f"--user-data-dir={profile}", "--no-first-run", "--disable-gpu",
-             "--disable-dev-shm-usage", "--disable-background-networking", "--disable-component-update", "--hide-scrollbars"]  # fmt: skip
+             "--disable-dev-shm-usage", "--disable-background-networking", "--disable-component-update",
+             "--hide-scrollbars"]  # fmt: skip
     flags += ["--no-sandbox"] if os.getuid() == 0 else []  # Chromium refuses its sandbox to root
     wanted = {"alwaysMatch": {"goog:chromeOptions": {"args": flags}, "goog:loggingPrefs": {"browser": "ALL"}}}
     end = time.monotonic() + 30

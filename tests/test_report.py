@@ -60,8 +60,9 @@ def trajectory(name, iteration=1, turns=(("student", "ls", "exit 0"),), issue="I
 
 
 def label(of, turn, text, agrees, source="queried"):
-    return {"schema": 1, **{name: of[name] for name in ("trajectory_id", "instance_id", "iteration")}, "turn": turn, "label": text, "valid": True, "reason": None, "source": source, "teacher": POLICY,
-            "tokens": {"in": 9, "cached": 0, "out": 7}, "seconds": 0.1, "agrees": agrees}  # fmt: skip
+    names = {name: of[name] for name in ("schema", "trajectory_id", "instance_id", "iteration")}
+    return names | {"turn": turn, "label": text, "valid": True, "reason": None, "source": source, "teacher": POLICY,
+                    "tokens": {"in": 9, "cached": 0, "out": 7}, "seconds": 0.1, "agrees": agrees}  # fmt: skip
 
 
 def result(of, resolved, mode=None):
@@ -224,7 +225,7 @@ def test_instance_ids_are_plain_text(tmp_path):
 
 
 def test_a_trajectory_with_its_labels(tmp_path):
-    """By hand: a student's turn with another label, the teacher's own turn, one without a label and two answers to it."""
+    """By hand: a student's turn with another label, the teacher's own turn, one without a label, two answers to it."""
     one = trajectory(
         "task-a",
         1,
@@ -411,7 +412,8 @@ def page_path(tmp_path_factory):
              ("teacher", "pytest", "exit 0\n..."), ("student", "submit", None)]  # fmt: skip
     one = trajectory("a__b-1", 1, turns, issue="The total is wrong. " + HOSTILE)
     labels = [label(one, 0, say("grep -rn 'def total'", "Search."), True),
-              label(one, 1, say("sed -i 's/min(x)/min(x, 0)/' a.py"), False), label(one, 2, say("pytest"), None, "executed"), label(one, 3, say("pytest " + HOSTILE), False)]  # fmt: skip
+              label(one, 1, say("sed -i 's/min(x)/min(x, 0)/' a.py"), False),
+              label(one, 2, say("pytest"), None, "executed"), label(one, 3, say("pytest " + HOSTILE), False)]  # fmt: skip
     plain = [
         trajectory(f"plain-{n:03d}", 1, [("teacher", "submit", None)], issue=("Long " * 60 + f"needle{n}x"))
         for n in range(150)
