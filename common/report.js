@@ -265,7 +265,9 @@ function resolvedCharts() {
   const caption = "Bars: 95 % Wilson intervals of one evaluation. A ring marks the iteration that was chosen on " +
     "these tasks; the best of several rates is a little too high, the test score is not.";
   if (data.arms.length === 1) return figure("", resolvedOptions(data.arms.map((_, arm) => arm), true), caption);
-  const all = figure("Mean of the seeds", resolvedOptions(data.arms.map((_, arm) => arm), false));
+  const arms = data.arms.map((_, arm) => arm);
+  if (data.runs.length === data.arms.length) return figure("", resolvedOptions(arms, true), caption);
+  const all = figure("Mean of the seeds", resolvedOptions(arms, false));
   const each = make("div.panels", data.arms.map((name, arm) =>
     figure(visible(name), { ...resolvedOptions([arm], true, true), height: 220 })));
   return [all, make("h3", "Each arm, its seeds thin"), each, paragraph(caption, "small")];
@@ -298,7 +300,9 @@ function resolvedOptions(arms, seeds, small) {
 function armSeries(arm, seeds, small, testAt) {
   const runs = data.runs.filter((run) => run.arm === arm && scored(run).length), lone = runs.length === 1;
   const colour = colourOf(arm), series = [];
-  const spread = (place) => (lone || !seeds ? 0 : ((place + 0.5) / runs.length - 0.5) * 0.24);
+  // side by side, so that intervals do not cover each other
+  const beside = (place, count) => ((place + 0.5) / count - 0.5) * 0.24;
+  const spread = (place) => (!seeds ? 0 : lone && !small ? beside(arm, data.arms.length) : beside(place, runs.length));
   if (seeds || lone)
     runs.forEach((run, place) => series.push({ colour, shape: arm, style: lone ? "bold" : "thin",
       label: lone && !small && data.arms.length > 1 ? visible(data.arms[arm]) : "",
@@ -422,7 +426,7 @@ function groupTable() {
 }
 
 function pairedTables() {
-  if (!data.pairs.length) return null;
+  if (!data.pairs.length) return data.pair_notes.map((text) => paragraph(text, "note"));
   const points = (value) => `${value > 0 ? "+" : value < 0 ? "\u2212" : ""}${Math.abs(100 * value).toFixed(1)}`;
   const rows = data.pairs.map((pair) => [visible(pair.name), make("td.text", pair.tasks), whole(pair.n),
     known(pair.only_b) ? `${pair.only_b} / ${pair.only_a}` : "", points(pair.difference),

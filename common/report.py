@@ -395,7 +395,7 @@ def describe_run(found: metrics.Run, arm: int, name: str) -> dict:
         "arm": arm,
         "seed": found.seed,
         "settings": {key: value for key, value in {**found.settings, "seed": found.seed}.items() if value is not None},
-        "tasks": f"{scores[0]['on']} ({scores[0]['tasks']} tasks)" if scores else None,
+        "tasks": f"{scores[0]['on']} ({scores[0]['tasks']} task{'s' * (scores[0]['tasks'] != 1)})" if scores else None,
         "iterations": iterations,
         "chosen": found.best,
         "tests": [
@@ -471,7 +471,11 @@ def comparisons(arms: list[str], runs: list[list[metrics.Run]]) -> tuple[list[di
     """Every other arm against the first: a row a seed, and the seeds together with both their intervals."""
     rows, told = [], []
     for other, theirs in zip(arms[1:], runs[1:]):
-        found = metrics.compare(runs[0], theirs)
+        try:
+            found = metrics.compare(runs[0], theirs)
+        except InputError as error:  # a task that the machine failed has no result on one side
+            told.append(f"{other} and {arms[0]} are not compared task by task: {error}.")
+            continue
         if found is None:
             told.append(f"{other} and {arms[0]} have no seed in common in which both were evaluated.")
             continue
@@ -492,8 +496,8 @@ def comparisons(arms: list[str], runs: list[list[metrics.Run]]) -> tuple[list[di
     if rows:
         told.append(
             "Each run at its chosen iteration, on the same tasks. A seed's row: Newcombe's interval for paired "
-            "proportions, and McNemar's exact test; both are about other tasks of this kind, not about other seeds. Claim "
-            "what the bootstrap and the t interval both say."
+            "proportions, and McNemar's exact test; both are about other tasks of this kind, not about other seeds. "
+            "Claim what the bootstrap and the t interval both say."
         )
     return rows, told
 
@@ -508,7 +512,8 @@ def failure_modes() -> list[tuple[str, str]]:
 
 def title(arms: list[str], runs: list[dict]) -> str:
     if len(runs) == 1:
-        return f"{runs[0]['name']}: {arms[0]}"
+        collected = any(part.get("collect") for part in runs[0]["iterations"])
+        return f"{runs[0]['name']}: {arms[0] if collected else 'before any training'}"
     if len(arms) > 3:
         return f"{len(arms)} arms compared"
     return f"{' and '.join(arms)}, compared" if len(arms) > 1 else f"{arms[0]}, {len(runs)} runs"
@@ -518,7 +523,7 @@ def lead(arms: list[str], runs: list[dict]) -> str:
     settings, tasks = runs[0]["settings"], runs[0]["tasks"]
     teacher = f"the teacher {settings['teacher']}" if "teacher" in settings else "a teacher"
     who = f"{settings.get('student', 'A student')} learns to repair software from {teacher}"
-    how = f"{', '.join(arms)}; {len(runs)} runs" if len(runs) > 1 else f"{arms[0]}, seed {runs[0]['seed']}"
+    how = f"{', '.join(arms)}; {len(runs)} runs" if len(runs) > 1 else f"seed {runs[0]['seed']}"
     return f"{who} ({how}): what it resolves{f' of {tasks}' if tasks else ''} after each iteration, and why not more."
 
 

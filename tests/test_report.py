@@ -318,6 +318,16 @@ def test_several_runs_are_compared(tmp_path):
     assert {row["run"] for row in rows(data)} == {0, 1, 2, 3}
 
 
+def test_arms_with_another_set_of_results_are_shown_but_not_paired(tmp_path):
+    """The machine failed a task of one arm: everything else of the page is worth having."""
+    homes = [small_run(tmp_path / "a"), small_run(tmp_path / "b", mix="teacher", schedule=None)]
+    results = homes[1] / "test/iter_002/results.jsonl"
+    results.write_text("".join(results.read_text().splitlines(keepends=True)[:3]))
+    report.report(homes, tmp_path / "page.html")
+    data, _ = contents(tmp_path / "page.html")
+    assert data["pairs"] == [] and "not the same tasks: 1 of 4" in data["pair_notes"][0]
+
+
 def test_two_directories_of_one_name(tmp_path):
     homes = [small_run(tmp_path / place / "run", seed) for seed, place in enumerate("ab")]
     assert report.page_names([metrics.read(home) for home in homes]) == [str(home) for home in homes]
@@ -413,7 +423,8 @@ def page_path(tmp_path_factory):
     one = trajectory("a__b-1", 1, turns, issue="The total is wrong. " + HOSTILE)
     labels = [label(one, 0, say("grep -rn 'def total'", "Search."), True),
               label(one, 1, say("sed -i 's/min(x)/min(x, 0)/' a.py"), False),
-              label(one, 2, say("pytest"), None, "executed"), label(one, 3, say("pytest " + HOSTILE), False)]  # fmt: skip
+              label(one, 2, say("pytest"), None, "executed"),
+              label(one, 3, say("pytest " + HOSTILE), False)]  # fmt: skip
     plain = [
         trajectory(f"plain-{n:03d}", 1, [("teacher", "submit", None)], issue=("Long " * 60 + f"needle{n}x"))
         for n in range(150)
