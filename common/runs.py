@@ -98,13 +98,17 @@ def summarise(directory: str | Path) -> dict:
     if collect:
         collect |= {"mix": found["collect"]["settings"]["mix"]}
     if labels:
-        valid = [label for label in jsonl.read(directory / "labels.jsonl", "label") if label["valid"]]
-        tasks = len({label["instance_id"] for label in valid})
+        tasks, count, label_tokens = set(), 0, 0
+        for label in jsonl.read(directory / "labels.jsonl", "label"):  # one at a time: there may be 100,000
+            if label["valid"]:
+                tasks.add(label["instance_id"])
+                count += 1
+                label_tokens += label["tokens"]["out"] or 0
         labels |= {
-            "labels": len(valid),
-            "tasks": tasks,
-            "per_task": len(valid) / tasks if tasks else None,
-            "label_tokens": sum(label["tokens"]["out"] or 0 for label in valid),
+            "labels": count,
+            "tasks": len(tasks),
+            "per_task": count / len(tasks) if tasks else None,
+            "label_tokens": label_tokens,
         }
         rows = shift_rows(directory)
     return {
