@@ -127,6 +127,10 @@ for ((i = 1; i <= ITERATIONS; i++)); do
     # 4. What can it do now?
     stage "iteration $i: evaluate" 04_eval.py --tasks "$EVAL_TASKS" --student "$(student "$i")" --iteration "$i" \
         --out "$dir/eval" "${of_student[@]}" "${agent[@]}"
+
+    # All that there is so far, to look at in a browser: numbers, and every trajectory
+    say "iteration $i: report"
+    call -m common.report "$run" || echo "the report could not be written; the loop goes on" >&2
 done
 
 # The iteration that was best on $EVAL_TASKS meets the locked test split, once
@@ -142,4 +146,5 @@ if [ -n "$TEST_TASKS" ]; then
     stage "iteration $best on $TEST_TASKS" 04_eval.py --tasks "$TEST_TASKS" --student "$(student "$best")" \
         --iteration "$best" --out "$run/test/iter_$(number "$best")" "${of_student[@]}" "${agent[@]}"
 fi
+[ -z "$TEST_TASKS" ] || { say "the report, with $TEST_TASKS"; call -m common.report "$run" || true; }
 if [ "$DRY_RUN" = 1 ]; then say "the table"; call "${table[@]}"; else "$PYTHON" "${table[@]}"; fi

@@ -37,14 +37,21 @@ def test_the_loop_turns_resumes_and_goes_on(tmp_path, iterations):
     if locked:
         assert re.search(r"on toy:test:2, iteration 1 \(chosen\): \d/2", first.stdout)
     assert re.search(r"the teacher itself: \d/2", first.stdout)
+    page = (run / "report.html").read_text()
+    assert "toy-dev-0001" in page and page.endswith("</html>\n")
+    assert json.loads((run / "iter_001/summary.json").read_text())["eval"]["tasks"] == 2
     summary = json.loads((run / "iter_001/trajectories.jsonl.manifest.json").read_text())["summary"]
     assert summary["beta"] == summary["teacher_turn_share"] == 1.0
 
-    files = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    def files_of(run):  # the report is written anew, and says when
+        names = ("report.html", "summary.json")
+        return {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name not in names}
+
+    files = files_of(run)
     again = loop(run, ITERATIONS=1, **knobs)
     assert again.returncode == 0 and again.stdout == first.stdout
     assert again.stderr.count("nothing to do") == (7 if locked else 6)
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == files
+    assert files_of(run) == files
 
     other = loop(run, ITERATIONS=2, SEED=1, **knobs)
     assert other.returncode == 2 and "seed = 0, now it is 1" in other.stderr

@@ -44,7 +44,7 @@ def parsed(text):
     for words in commands(text):
         script = next((word for word in words if word.endswith(".py")), None)
         if script is None:
-            assert words[0] == "-m" and words[1] in ("common.table", "common.serve")
+            assert words[0] == "-m" and words[1] in ("common.table", "common.serve", "common.report")
             continue
         words = words[words.index(script) + 1 :]
         words = ["1" if word == "N" else word for word in words]
