@@ -1,7 +1,9 @@
 """Stage 1 of DAgger: roll out the agent on repair tasks while teacher and student take turns.
 
 Before every turn t a coin b_t ~ Bernoulli(beta_i) is drawn: the teacher acts if it shows 1, the student otherwise
-(arXiv 2605.12913, turn-level mixing). Every state visited this way gets a teacher label in 02_relabel.py.
+(arXiv 2605.12913, turn-level mixing). Every state visited this way gets a teacher label in 02_relabel.py. With
+--mix prefix there is one draw per trajectory instead: the student acts in the first kappa turns, kappa ~ Uniform{0..T_max(i)},
+and the teacher from there on (AggreVaTe).
 
 reads   --tasks: repair tasks (toy:SPLIT, a data set, or a .jsonl/.json/.parquet file of SWE-bench rows)
 writes  --out FILE: one trajectory a line; FILE.manifest.json, FILE.log, FILE.infra.jsonl beside it
@@ -11,7 +13,8 @@ writes  --out FILE: one trajectory a line; FILE.manifest.json, FILE.log, FILE.in
     python 01_collect.py --tasks mine.jsonl --teacher openai:MODEL@http://localhost:8000/v1 --student hf:MODEL \\
         --schedule paper --iteration 2 --out runs/mine/iter_002/trajectories.jsonl
 
-policies: hf:MODEL[,adapter=DIR][,quant=nf4|none]   openai:MODEL@URL   oracle (toy tasks)   replay:FILE
+policies: hf:MODEL[,adapter=DIR][,quant=nf4|none]   openai:MODEL@URL   replay:FILE
+          oracle (toy tasks; oracle,noise=0.3 errs at that share of its turns)
           vllm:MODEL[,adapter=DIR][,gpus=0+1][,util=0.4][,args=...] starts `vllm serve`: python -m common.serve
 Stop it at any moment: the same command goes on. Another setting for the same file is refused and named.
 """
@@ -40,12 +43,16 @@ class Args(AgentFlags, TeacherFlags, StudentFlags, PolicyFlags):
     """policy of the teacher; may be left out with --mix student"""
     student: str | None = None
     """policy of the student; may be left out with --mix teacher"""
-    mix: Literal["turn", "teacher", "student"] = "turn"
-    """who acts: a coin before every turn, the teacher alone (beta 1), or the student alone (beta 0)"""
+    mix: Literal["turn", "prefix", "teacher", "student"] = "turn"
+    """who acts: a coin before every turn; the student first and then the teacher; the teacher alone (beta 1); or the
+    student alone (beta 0)"""
     schedule: str | None = None
     """beta by iteration: paper, linear:K, exponential:P or constant:B (default: paper)"""
     beta: float | None = None
     """beta itself, the same as --schedule constant:B"""
+    prefix_turns: str | None = None
+    """START:GROWTH, for --mix prefix: the student acts in the first kappa ~ Uniform{0..T_max} turns, where T_max is START
+    in iteration 1 and GROWTH more in each further one"""
     iteration: int = 1
     """DAgger iteration i = 1, 2, ..., for the schedule, the sample and the seeds"""
     sample: int | None = None
@@ -78,10 +85,10 @@ class Args(AgentFlags, TeacherFlags, StudentFlags, PolicyFlags):
     """print transcripts while they happen, one trajectory at a time"""
 
 
-def beta_of(args: Args) -> float:
-    """The probability that the teacher acts, from --mix, --beta or --schedule."""
+def beta_of(args: Args) -> float | None:
+    """The probability that the teacher acts, from --mix, --beta or --schedule; None with --mix prefix."""
     if args.mix != "turn":
-        return {"teacher": 1.0, "student": 0.0}[args.mix]
+        return {"prefix": None, "teacher": 1.0, "student": 0.0}[args.mix]
     if args.beta is not None:
         return mixing.beta_at(f"constant:{args.beta}", args.iteration)
     return mixing.beta_at(args.schedule or "paper", args.iteration)
@@ -95,10 +102,20 @@ def work(args: Args) -> None:
     stage_tools.check_counts(args, "iteration", "attempts", "workers", "slots", "max_turns")
     if args.beta is not None and args.schedule is not None:
         raise InputError("give --beta or --schedule, not both")
-    beta = beta_of(args)
-    for who, needed in (("teacher", beta > 0), ("student", beta < 1)):
-        if needed and getattr(args, who) is None:
-            raise InputError(f"--{who} is missing, and with beta = {beta:g} it acts")
+    if (args.mix == "prefix") != (args.prefix_turns is not None):
+        raise InputError("--mix prefix needs --prefix-turns START:GROWTH, and nothing else takes it")
+    if args.mix == "prefix" and (args.beta is not None or args.schedule is not None):
+        raise InputError("--mix prefix has no beta: leave --beta and --schedule away")
+    beta, longest = beta_of(args), None
+    if args.mix == "prefix":
+        longest = mixing.longest_prefix(args.prefix_turns, args.iteration)
+        turns = f"with a prefix of up to {longest} turns"
+        acts = {"teacher": longest < args.max_turns, "student": longest > 0}
+    else:
+        turns, acts = f"with beta = {beta:g}", {"teacher": beta > 0, "student": beta < 1}
+    for who in acts:
+        if acts[who] and getattr(args, who) is None:
+            raise InputError(f"--{who} is missing, and {turns} it acts")
 
     if args.inline and (args.cache is None or args.teacher is None):
         raise InputError("--inline needs a --teacher to ask, and a --cache for its answers that 02_relabel.py is given too")
@@ -122,6 +139,7 @@ def work(args: Args) -> None:
         "sandbox": args.sandbox,
         "mix": args.mix,
         "beta": beta,
+        **({"longest_prefix": longest} if longest is not None else {}),
         "iteration": args.iteration,
         "attempts": args.attempts,
         "seed": args.seed,
@@ -152,10 +170,14 @@ def work(args: Args) -> None:
         place = (args.seed, args.iteration, instance_id, attempt)
         episode = "/".join(map(str, place))
         ahead = labels.Ahead(labeller, beside, row, episode, attempt) if args.inline else None
+        kappa = None if longest is None else mixing.prefix(longest, *place)
 
         def ask(turn: int, chat: list[dict]) -> tuple:
-            """b_t ~ Bernoulli(beta_i): who acts at this state, and what it does."""
-            who = mixing.actor(beta, *place, turn)
+            """b_t ~ Bernoulli(beta_i), or whether the prefix is over: who acts at this state, and what it does."""
+            if kappa is None:
+                who = mixing.actor(beta, *place, turn)
+            else:
+                who = "student" if turn < kappa else "teacher"
             answer = policy[who].act(
                 row, chat, seed=mixing.derive("sample", *place, turn, who, "act"), episode=episode, turn=turn,
                 attempt=attempt)  # fmt: skip
@@ -169,11 +191,13 @@ def work(args: Args) -> None:
             "seed": args.seed,
             "mix": args.mix,
             "beta": beta,
+            **({"kappa": kappa} if kappa is not None else {}),
             "student": same["student"],
             "teacher": same["teacher"],
         }
         if show:
-            show.title(f"{instance_id}   iteration {args.iteration}   beta {beta:g}")
+            how = f"beta {beta:g}" if kappa is None else f"the student acts in turns 0 to {kappa - 1}" if kappa else "the teacher acts"
+            show.title(f"{instance_id}   iteration {args.iteration}   {how}")
         try:
             record = agent.trajectory(row, head, ask, args, count, show or (lambda message: None))
         finally:
@@ -193,6 +217,8 @@ def work(args: Args) -> None:
     left = stage_tools.run_jobs(args, stage, output, jobs, todo, collect, workers, "collect", _postfix, meter)
 
     summary = measure(output.records(jobs)) | {"beta": beta, "excluded": excluded, "infra_errors": left}
+    if longest is not None:
+        summary["longest_prefix"] = longest
     output.finish(jobs)
     stage.finish(summary | meter.summary())
 

@@ -3,7 +3,14 @@
 Where the teacher acted, its executed turn already is a sample of pi_e(.|s_t) and is the label. Where the student acted,
 the teacher is asked at exactly that state: the conversation before the turn. No label ever comes from the student.
 
-reads   --trajectories FILE...: what 01_collect.py wrote
+Which states get a label is the budget of the teacher. --label-states student leaves out those where the teacher acted;
+uncertain:P keeps those (they cost nothing) and, of the student's turns, the share P with the lowest mean log-probability per
+token that the student itself gave them when it acted, in the spirit of SafeDAgger and ThriftyDAgger, but looking back on a
+finished collection. `hf:` records it, servers are asked for it; a turn without one counts as the least certain, and
+where no turn has one, uncertain:P is refused. --keep resolved takes trajectories that resolved their task alone.
+--max-labels N takes whole trajectories in an order drawn from the seed until there are N labels, and cuts the last one.
+
+reads   --trajectories FILE...: what 01_collect.py wrote; with --keep resolved also grades/results.jsonl beside each
 writes  --out FILE: one label a line, in the order of trajectories and turns; FILE.manifest.json, FILE.log beside it
 
     python 02_relabel.py --trajectories runs/laptop/iter_001/trajectories.jsonl --teacher oracle --out labels.jsonl
@@ -14,9 +21,11 @@ it is kept with valid: false and never trained on. Equal states are asked once, 
 at any moment: the same command goes on.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
-from common import run, schema
+from common import mixing, run, schema
 from common.policies import PolicyFlags, TeacherFlags
 
 
@@ -36,10 +45,16 @@ class Args(TeacherFlags, PolicyFlags):
     """sampling temperature (default: the recorded one of the teacher)"""
     top_p: float | None = None
     """nucleus sampling (default: the recorded one of the teacher)"""
+    label_states: str = "all"
+    """which visited states get a label: all, student (those where the student acted), or uncertain:P"""
+    keep: Literal["all", "resolved"] = "all"
+    """resolved: only states of trajectories that grades/results.jsonl beside --trajectories says resolved their task"""
+    max_labels: int | None = None
+    """at most this many labels"""
     workers: int = 8
     """trajectories at once; the states of one are asked in order"""
     seed: int = 0
-    """seed of the teacher's sampling"""
+    """seed of the teacher's sampling and of the choice of --max-labels"""
     infra_retries: int = 2
     """further rounds for trajectories that the machine failed"""
     max_infra: float = 0.05
@@ -55,11 +70,64 @@ def label_states(trajectory: dict):
             yield message["turn"], trajectory["messages"][:place], message
 
 
+def choose_states(args: Args, trajectories: dict[str, dict]) -> list[tuple[str, int]]:
+    """(trajectory_id, turn) of the states that get a label, in the order of the files; the docstring above says which.
+
+    Raises InputError for an unknown --label-states, and where nothing is left.
+    """
+    from common.errors import InputError
+
+    kind, _, text = args.label_states.partition(":")
+    turns = {name: [executed for _, _, executed in label_states(record)] for name, record in trajectories.items()}
+    of_student = [(name, m) for name in turns for m in turns[name] if m["actor"] == "student"]
+    if args.label_states == "all":
+        chosen = {(name, m["turn"]) for name in turns for m in turns[name]}
+    elif args.label_states == "student":
+        chosen = {(name, m["turn"]) for name, m in of_student}
+    elif kind == "uncertain":
+        chosen = {(name, m["turn"]) for name in turns for m in turns[name] if m["actor"] == "teacher"}
+        chosen |= most_uncertain(args, of_student, text)
+    else:
+        raise InputError(f"--label-states {args.label_states!r} is none of all, student, uncertain:P")
+    names = list(turns)
+    if args.max_labels is not None:
+        names.sort(key=lambda name: mixing.derive("max-labels", args.seed, name))
+    budget = math.inf if args.max_labels is None else args.max_labels
+    for name in names:
+        for turn in (m["turn"] for m in turns[name]):
+            budget -= (name, turn) in chosen
+            if budget < 0:
+                chosen.discard((name, turn))
+    if not chosen:
+        raise InputError(f"{' '.join(args.trajectories)}: --label-states {args.label_states} leaves no state to label")
+    return [(name, m["turn"]) for name in turns for m in turns[name] if (name, m["turn"]) in chosen]
+
+
+def most_uncertain(args: Args, of_student: list[tuple[str, dict]], share: str) -> set[tuple[str, int]]:
+    """The share of the student's turns, rounded up, at which it was least certain; of equals the earlier ones."""
+    from common.errors import InputError
+
+    try:
+        number = float(share)
+    except ValueError:
+        number = math.nan
+    if not 0 < number <= 1:
+        raise InputError(f"--label-states {args.label_states!r}: P in uncertain:P is a share, more than 0 and at most 1")
+    known = [m["logprob"] for _, m in of_student if m["logprob"] is not None]
+    if of_student and not known:
+        raise InputError(f"--label-states {args.label_states}: no turn of the student in {' '.join(args.trajectories)} has "
+                         "a log-probability (hf: records it, a server must be able to give logprobs); take all or student")
+    ranked = sorted(of_student, key=lambda turn: -math.inf if turn[1]["logprob"] is None else turn[1]["logprob"])
+    return {(name, m["turn"]) for name, m in ranked[: math.ceil(number * len(ranked))]}
+
+
 def work(args: Args) -> None:
+    from pathlib import Path
+
     from common import actions, cache, cost, jsonl, labels, policies, stage_tools
     from common.errors import InputError
 
-    stage_tools.check_counts(args, "workers")
+    stage_tools.check_counts(args, "workers", *(["max_labels"] if args.max_labels is not None else []))
     trajectories = {}
     for path in args.trajectories:
         for record in jsonl.read(path, "trajectory"):
@@ -70,6 +138,17 @@ def work(args: Args) -> None:
         raise InputError(f"{' '.join(args.trajectories)}: no trajectory in there")
 
     recorded = next(iter(trajectories.values()))
+    selection = {name: getattr(args, name) for name in ("label_states", "keep", "max_labels")
+                 if getattr(args, name) not in ("all", None)}  # fmt: skip
+    if args.keep == "resolved":
+        homes = [Path(path).parent for path in args.trajectories]
+        kept = set().union(*(stage_tools.resolved(home, trajectories) for home in homes))
+        trajectories = {name: record for name, record in trajectories.items() if name in kept}
+        selection["grades"] = [run.hash_file(home / "grades/results.jsonl") for home in homes]
+        if not trajectories:
+            raise InputError(f"{' '.join(args.trajectories)}: --keep resolved, and none of these resolved its task")
+    order = choose_states(args, trajectories)
+    selected = set(order)
     sampling = (recorded["teacher"] or recorded["student"])["sampling"]
     teacher = policies.open_policy(
         args.teacher, role="teacher", batch=args.workers, **args.options("teacher"),
@@ -83,6 +162,7 @@ def work(args: Args) -> None:
         "trajectories": [run.hash_file(path) for path in args.trajectories],
         "teacher": teacher.describe(),
         "seed": args.seed,
+        **selection,
     }
     output = jsonl.Output(args.out, "label", key=lambda r: (r["trajectory_id"], r["turn"]))
     stage = run.Stage(args.out, args, same, overwrite=args.overwrite)
@@ -128,14 +208,15 @@ def work(args: Args) -> None:
         """The labels of one trajectory, in the order of its turns, so that a prefix cache stays warm."""
         try:
             for turn, state, executed in label_states(trajectories[trajectory_id]):
-                if (trajectory_id, turn) not in output:
+                if (trajectory_id, turn) in selected and (trajectory_id, turn) not in output:
                     yield label(trajectories[trajectory_id], turn, state, executed)
         finally:
             teacher.forget(trajectory_id)
 
-    order = [(name, turn) for name, record in trajectories.items() for turn, _, _ in label_states(record)]
+    if args.max_labels is not None and len(order) < args.max_labels:
+        stage.log.warning("there are %d states to label, fewer than --max-labels %d", len(order), args.max_labels)
     todo = list(dict.fromkeys(name for name, turn in order if (name, turn) not in output))
-    left = stage_tools.run_jobs(args, stage, output, list(trajectories), todo, relabel, args.workers, "relabel", _postfix, meter)
+    left = stage_tools.run_jobs(args, stage, output, list(dict.fromkeys(name for name, _ in order)), todo, relabel, args.workers, "relabel", _postfix, meter)
 
     summary = measure(output.records(order)) | {"missing": sum(key not in output for key in order), "infra_errors": left}
     output.finish(order)
@@ -153,7 +234,7 @@ def _postfix(record: dict) -> dict:
 
 
 def measure(labels) -> dict:
-    """Counts by source; agree is the share of the student's turns at which the teacher gives the same command.
+    """Labelled states and trajectories, counts by source; agree is the share of the student's turns at which the teacher gives the same command.
 
     Tokens and seconds are those of what was asked here; a label from the cache costs nothing, an executed one was paid for
     when it was executed.
@@ -162,8 +243,10 @@ def measure(labels) -> dict:
     asked = {"in": 0, "cached": 0, "out": 0}
     states, invalid, seconds = 0, 0, 0.0
     compared: list[bool] = []
+    trajectories: set[str] = set()
     for label in labels:
         states += 1
+        trajectories.add(label["trajectory_id"])
         sources[label["source"]] += 1
         invalid += not label["valid"]
         compared += [label["agrees"]] if label["agrees"] is not None else []
@@ -173,6 +256,7 @@ def measure(labels) -> dict:
                 asked[kind] += label["tokens"][kind] or 0
     return {
         "states": states,
+        "trajectories": len(trajectories),
         "executed": sources["executed"],
         "queried": sources["queried"],
         "cached": sources["cache"],

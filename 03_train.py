@@ -8,8 +8,9 @@ once (common/prefix_tree.py), --packing per-turn computes each sample by itself:
 step is the labels of --batch-size trajectories, chosen before packing.
 
 reads   --data ITER_DIR...: trajectories.jsonl and labels.jsonl of each (01_collect.py, 02_relabel.py)
-writes  --out DIR: adapter_model.safetensors + adapter_config.json (PEFT), training_log.jsonl, manifest.json, log; while
-        it trains also state.pt, from which a stopped run goes on
+writes  --out DIR: adapter_model.safetensors + adapter_config.json (PEFT), training_log.jsonl, manifest.json, log,
+        label_nll.jsonl (what the student made of some of the newest labels, before training and after); while it trains
+        also state.pt, from which a stopped run goes on
 
     python 03_train.py --data runs/demo/iter_001 --out runs/demo/iter_001/adapter
     python 03_train.py --data runs/demo/iter_001 runs/demo/iter_002 --epochs 3 --out runs/demo/iter_002/adapter
@@ -17,8 +18,10 @@ writes  --out DIR: adapter_model.safetensors + adapter_config.json (PEFT), train
     torchrun --nproc-per-node 4 03_train.py --data runs/demo/iter_001 --out runs/demo/iter_001/adapter
 
 With torchrun every process holds the whole model and takes its share of the rows of each step (data parallel).
-An adapter trained on an NF4 base is served on the plain one (vLLM): at the end its loss is measured under both, on the
-same labels (loss_nf4, loss_plain in the summary). Not here: no model that is too large for one GPU.
+--keep resolved trains on trajectories that resolved their task alone (rejection sampling): 04_eval.py --trajectories
+grades them into ITER_DIR/grades first. An adapter trained on an NF4 base is served on the plain one (vLLM): at the end its
+loss is measured under both, on the same labels (loss_nf4, loss_plain in the summary). Not here: no model that is too large
+for one GPU.
 """
 
 import contextlib
@@ -31,8 +34,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common import chat, jsonl, mixing, models, run
-from common.errors import InputError
+from common import chat, jsonl, mixing, models, run, stage_tools
+from common.errors import InputError, StageError
 
 
 @dataclass(kw_only=True)
@@ -57,6 +60,9 @@ class Args:
     """share of the steps in which the learning rate rises; then it falls linearly to 0"""
     batch_size: int = 4
     """trajectories in an optimiser step"""
+    steps_per_epoch: int | None = None
+    """cut each pass over the data into this many steps of nearly equally many trajectories, instead of --batch-size:
+    arms whose trajectories differ in length take the same number of steps"""
     tokens_per_batch: int = 2048
     """rows, padding included, in one forward pass; sizes the micro-batches inside a step"""
     max_context: int = 2048
@@ -65,6 +71,8 @@ class Args:
     """stop after this many optimiser steps"""
     loss_norm: Literal["token", "label"] = "token"
     """the loss of a step is the mean over its label tokens, or over its labels"""
+    keep: Literal["all", "resolved"] = "all"
+    """resolved: only trajectories that ITER_DIR/grades/results.jsonl says resolved their task"""
     lora_rank: int = 16
     """rank r of LoRA on all linear layers"""
     lora_alpha: int = 32
@@ -77,8 +85,13 @@ class Args:
     """seconds between saves of the optimiser's state, from which a stopped run goes on (0: after every step)"""
     seed: int = 0
     """seed of the LoRA weights and of the order of trajectories"""
+    measure: int = 32
+    """measure the loss of each label of this many trajectories of the last --data directory, before training (under the
+    student that collected them) and after; 0: none"""
     dry_run: bool = False
     """one pass over the data without an optimiser step: prints loss, tokens and memory, writes no adapter"""
+    label_nll: str | None = None
+    """with --dry-run: write the loss of every label to this file, and compute no gradient"""
     overwrite: bool = False
     """start again, whatever is there"""
 
@@ -192,13 +205,18 @@ def learning_rate(step: int, steps: int, warmup: float) -> float:
     return (step + 1) / (rise + 1) if step < rise else (steps - step) / (steps - rise)
 
 
-def plan(n: int, batch_size: int, epochs: int, max_steps: int | None, seed: int) -> list[tuple[int, list[int]]]:
+def plan(n: int, batch_size: int, epochs: int, max_steps: int | None, seed: int,
+         steps_per_epoch: int | None = None) -> list[tuple[int, list[int]]]:
     """(epoch, trajectories) of every optimiser step; epochs count from 1. Depends on nothing but its arguments."""
+    if steps_per_epoch:
+        starts = [n * step // steps_per_epoch for step in range(steps_per_epoch)] + [n]
+    else:
+        starts = [*range(0, n, batch_size), n]
     steps = []
     for epoch in range(1, epochs + 1):
         order = list(range(n))
         random.Random(mixing.derive("train", seed, epoch)).shuffle(order)
-        steps += [(epoch, order[start : start + batch_size]) for start in range(0, n, batch_size)]
+        steps += [(epoch, order[start:stop]) for start, stop in zip(starts, starts[1:])]
     return steps[:max_steps]
 
 
@@ -208,11 +226,13 @@ def plan(n: int, batch_size: int, epochs: int, max_steps: int | None, seed: int)
 def work(args: Args) -> None:
     check(args)
     out = Path(args.out)
-    how = ("out", "data", "init_adapter", "overwrite", "dry_run", "save_every")
-    same = {name: value for name, value in vars(args).items() if name not in how}
+    how = ("out", "data", "init_adapter", "overwrite", "dry_run", "save_every", "measure", "label_nll")
+    same = {name: value for name, value in vars(args).items() if name not in how and (name, value) != ("keep", "all")}
     same["inputs"] = [run.hash_file(Path(directory) / name)
                       for directory in args.data for name in ("trajectories.jsonl", "labels.jsonl")]
-    from common import training
+    if args.keep == "resolved":
+        same["grades"] = [run.hash_file(Path(directory) / "grades/results.jsonl") for directory in args.data]
+    from common import label_loss, prefix_tree, training
 
     if args.init_adapter:
         models.check_adapter(args.init_adapter, args.model)
@@ -230,22 +250,30 @@ def work(args: Args) -> None:
         return
     started = time.time()
     data, too_long = prepare_data(args, processes)
-    model, quant = prepare_model(args, longest=max(trajectory.longest for trajectory in data))
+    if args.steps_per_epoch and args.steps_per_epoch > len(data):
+        raise InputError(f"--steps-per-epoch {args.steps_per_epoch}: there are only {len(data)} trajectories to share out")
+    model, quant = prepare_model(args, longest=max(one.samples.longest for one in data))
     if processes.first and not args.dry_run:
         if not begun:
             stage = run.Stage(args.out, args, same, directory=True, overwrite=args.overwrite)
             training.forget(out)
         stage.log.info("%d labels of %d trajectories; %d were longer than --max-context",
-                       sum(map(len, data)), len(data), too_long)
+                       sum(len(one.samples) for one in data), len(data), too_long)
     processes.agree(True)  # the others wait until the output is begun
-    trained = train(args, data, model, None if args.dry_run else out, processes)
-
-    from common import prefix_tree
+    measured = [] if args.dry_run else choose_measured(args, data)
+    before = measure_before(args, measured, model, processes)
+    if args.label_nll:
+        trained = only_measure(args, data, model, processes)
+    else:
+        trained = train(args, data, model, None if args.dry_run else out, processes)
+    after = measure(args, measured, model, processes)
+    if measured and processes.first:
+        jsonl.write_atomically(out / "label_nll.jsonl", as_lines(label_loss.lines(measured, before, after and after[0])))
 
     summary = {
-        "labels": sum(len(trajectory) for trajectory in data),
+        "labels": sum(len(one.samples) for one in data),
         "loss": trained["loss"],
-        "tokens_distinct": sum(prefix_tree.distinct_tokens(trajectory.samples()) for trajectory in data),
+        "tokens_distinct": sum(prefix_tree.distinct_tokens(one.samples.samples()) for one in data),
         "tokens_computed": trained["rows"],
         "steps": trained["steps"],
         "seconds": time.time() - started + trained["seconds_before"],
@@ -254,13 +282,12 @@ def work(args: Args) -> None:
         "processes": processes.size,
         "peak_memory_mb": round(training.peak_memory_mb(), 1),
     }
-    if quant == "nf4" and not args.dry_run:
-        chosen = random.Random(mixing.derive("gap", args.seed)).sample(data, min(SAMPLE, len(data)))
+    if quant == "nf4" and measured:
         parameters = model.get_base_model().num_parameters()
-        summary["gap_label_tokens"] = count_label_tokens(chosen)
-        summary["loss_nf4"] = label_loss(args, chosen, model, processes)
-        del model  # both at once may not fit; label_loss has waited for the first process, so the adapter is there
-        summary["loss_plain"] = plain_loss(args, chosen, parameters, processes)
+        summary["gap_label_tokens"] = label_loss.count_tokens(measured)
+        summary["loss_nf4"] = after and label_loss.mean_loss(measured, after[0])
+        del model  # both at once may not fit; `measure` has waited for the first process, so the adapter is there
+        summary["loss_plain"] = plain_loss(args, measured, parameters, processes)
         if processes.first:
             say_gap(summary)
     if args.dry_run and processes.first:
@@ -275,19 +302,29 @@ def check(args: Args) -> None:
     for name in ("epochs", "lr", "batch_size", "tokens_per_batch", "max_context", "lora_rank", "lora_alpha", "clip"):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be more than 0")
-    if args.max_steps is not None and args.max_steps < 1:
-        raise InputError(f"--max-steps {args.max_steps}: must be more than 0")
+    for name in ("max_steps", "steps_per_epoch"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be more than 0")
+    if args.measure < 0:
+        raise InputError(f"--measure {args.measure}: must be at least 0")
+    if args.label_nll and not args.dry_run:
+        raise InputError("--label-nll goes with --dry-run; a training run writes label_nll.jsonl into its --out")
     if not 0 <= args.warmup < 1:
         raise InputError(f"--warmup {args.warmup}: must be at least 0 and less than 1")
 
 
 def prepare_data(args: Args, processes) -> tuple[list, int]:
-    """(the trajectories that have samples, labels left out for their length); prints one sample."""
+    """(label_loss.Labelled trajectories that have samples, labels left out for their length); prints one sample."""
     from tqdm import tqdm
 
-    from common import prefix_tree, training
+    from common import label_loss, prefix_tree, training
 
     labels, kwargs = read_labels(args.data)
+    if args.keep == "resolved":
+        kept = [stage_tools.resolved(directory, of) for directory, of in zip(args.data, labels)]
+        labels = [{name: of[name] for name in of if name in ids} for of, ids in zip(labels, kept)]
+        if not any(labels):
+            raise InputError(f"no trajectory of {' '.join(args.data)} resolved its task: nothing to train on")
     tokenizer, _ = models.load_tokenizer(args.model)
     data, n_labels, too_long = [], 0, 0
     bar = tqdm(total=sum(map(len, labels)), unit="trajectory", desc="tokenise", dynamic_ncols=True, leave=False,
@@ -299,7 +336,7 @@ def prepare_data(args: Args, processes) -> tuple[list, int]:
             made, dropped = tokenise(record, of.pop(record["trajectory_id"]), tokenizer, kwargs, args.max_context)
             too_long += dropped
             if made:
-                data.append(made)
+                data.append(label_loss.Labelled.of(record, made, directory))
             n_labels += len(made)
             bar.update()
             bar.set_postfix(labels=n_labels, too_long=too_long)
@@ -308,9 +345,9 @@ def prepare_data(args: Args, processes) -> tuple[list, int]:
         raise InputError(f"every label is longer than --max-context {args.max_context}: nothing to train on")
     if too_long and processes.first:
         print(f"{too_long} labels are longer than --max-context {args.max_context} and left out", file=sys.stderr)
-    prefix_tree.refuse_long(max(data, key=lambda trajectory: trajectory.longest).samples(), args.tokens_per_batch)
+    prefix_tree.refuse_long(max((one.samples for one in data), key=lambda of: of.longest).samples(), args.tokens_per_batch)
     if processes.first:
-        example = data[0].samples()[-1]
+        example = data[0].samples.samples()[-1]
         chat.show(tokenizer, example.ids.tolist(), example.n_prompt)
     return data, too_long
 
@@ -329,6 +366,29 @@ def prepare_model(args: Args, longest: int) -> tuple:
     return model, quant
 
 
+def choose_measured(args: Args, data: list) -> list:
+    """--measure trajectories of the last --data directory, drawn by the seed, in their order."""
+    newest = [place for place, one in enumerate(data) if one.directory == args.data[-1]]
+    chosen = random.Random(mixing.derive("measure", args.seed)).sample(newest, min(args.measure, len(newest)))
+    return [data[place] for place in sorted(chosen)]
+
+
+def only_measure(args: Args, data: list, model, processes) -> dict:
+    """Write the loss of every label to --label-nll; returns what `train` does."""
+    from common import label_loss
+
+    found = measure(args, data, model, processes)
+    if found is None:
+        raise StageError("out of the GPU's memory: lower --tokens-per-batch")
+    if processes.first:
+        jsonl.write_atomically(Path(args.label_nll), as_lines(label_loss.lines(data, found[0], None)))
+    return {"loss": label_loss.mean_loss(data, found[0]), "rows": found[1], "steps": 0, "seconds_before": 0.0}
+
+
+def as_lines(records: list[dict]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
 def train(args: Args, data: list, model, out: Path | None, processes) -> dict:
     """Train and save the adapter into `out`; without `out`, one pass without an optimiser step.
 
@@ -342,7 +402,8 @@ def train(args: Args, data: list, model, out: Path | None, processes) -> dict:
 
     base = model.get_base_model()
     attention = training.attention_cost(base)
-    steps = plan(len(data), args.batch_size, args.epochs if out else 1, args.max_steps if out else None, args.seed)
+    steps = plan(len(data), args.batch_size, args.epochs if out else 1, args.max_steps if out else None, args.seed,
+                 args.steps_per_epoch)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
     count = {"steps": 0, "rows": 0, "seconds": 0.0, "epochs": {}}  # epoch -> [sum of -log p, label tokens]
@@ -354,7 +415,7 @@ def train(args: Args, data: list, model, out: Path | None, processes) -> dict:
                dynamic_ncols=True, disable=not processes.first)
     for number, (epoch, chosen) in enumerate(steps[count["steps"] :], count["steps"]):
         begun = time.time()
-        samples = [sample for i in chosen for sample in data[i].samples()]
+        samples = [sample for i in chosen for sample in data[i].samples.samples()]
         mine = processes.share(pack(args, samples, attention, processes.size), attention)
         nll = sum(accumulate(base, batch, offload=args.checkpointing == "offload") for batch in mine)
         nll, rows = processes.total([nll, sum(batch.n_rows for batch in mine)])
@@ -404,52 +465,39 @@ def pack(args: Args, samples: list, attention: float, processes: int) -> list:
     return prefix_tree.pack_per_turn(samples, weights, limit)
 
 
-# ---------------------------------------------------------------- NF4 or plain: what the change of base costs
+# ---------------------------------------------------------------- what the student makes of the labels
 
 
-SAMPLE = 32  # trajectories that both losses are measured on
+def measure(args: Args, data: list, model, processes) -> tuple | None:
+    """label_loss.label_nll with the settings of this run; None with nothing to measure."""
+    from common import label_loss
+
+    head_rows = max(1, LOGITS // model.get_base_model().get_output_embeddings().weight.shape[0])
+    tree = args.packing == "tree"
+    return label_loss.label_nll(model, data, tree, args.tokens_per_batch, head_rows, processes) if data else None
 
 
-def label_loss(args: Args, trajectories: list, model, processes) -> float | None:
-    """Mean of -log p over the label tokens of these trajectories; None where a process ran out of the GPU's memory."""
-    import torch
-    from tqdm import tqdm
+def measure_before(args: Args, data: list, model, processes) -> list | None:
+    """-log p of the labels under the student that collected these trajectories; None where it is not to be had."""
+    from common import label_loss
 
-    from common import training
-
-    base = model.get_base_model()
-    attention = training.attention_cost(base)
-    nll, full = 0.0, False
-    bar = tqdm(trajectories, unit="trajectory", desc="measure", dynamic_ncols=True, leave=False,
-               disable=not processes.first)
-    try:
-        with torch.no_grad():
-            for trajectory in bar:
-                mine = processes.share(pack(args, trajectory.samples(), attention, processes.size), attention)
-                nll += sum(accumulate(base, batch, backward=False) for batch in mine)
-    except RuntimeError:  # out of memory, however CUDA says it
-        full = True
-    nll, full = processes.total([nll, float(full)])  # every process gets here, or the others would wait for ever
-    return None if full else nll / count_label_tokens(trajectories)
+    with label_loss.as_collected(model, data[0].student if data else None, args.init_adapter) as loaded:
+        found = measure(args, data, model, processes) if loaded else None
+    return found and found[0]
 
 
-def plain_loss(args: Args, trajectories: list, parameters: int, processes) -> float | None:
-    """label_loss of the adapter in --out on the plain base; None where that does not fit into memory."""
-    import torch
+def plain_loss(args: Args, data: list, parameters: int, processes) -> float | None:
+    """Mean label loss of the adapter in --out on the plain base; None where that does not fit into memory."""
+    from common import label_loss, training
 
-    from common import training
-
-    longest, model = max(trajectory.longest for trajectory in trajectories), None
+    longest, model = max(one.samples.longest for one in data), None
     plain = dataclasses.replace(args, quant="none", init_adapter=args.out, checkpointing="none")
     if training.room_for_plain(parameters):
         with contextlib.suppress(RuntimeError):
             model, _ = prepare_model(plain, longest)
     missing = processes.total([float(model is None)])[0]
-    return None if missing else label_loss(args, trajectories, model, processes)
-
-
-def count_label_tokens(trajectories: list) -> int:
-    return sum(sample.n_label for trajectory in trajectories for sample in trajectory.samples())
+    found = None if missing else measure(args, data, model, processes)
+    return found and label_loss.mean_loss(data, found[0])
 
 
 def say_gap(found: dict) -> None:

@@ -29,9 +29,14 @@ TEACHER_KEY_ENV=${TEACHER_KEY_ENV:-}      # environment variable with the teache
 PRICE=${PRICE:-}                          # of the teacher, IN,CACHED,OUT in dollars per million tokens
 MAX_COST=${MAX_COST:-}                    # dollars for the teacher after which a stage stops
 INLINE=${INLINE:-0}                       # 1: the label of a student's turn is asked for during the rollout
-MIX=${MIX:-turn}                          # turn (DAgger), teacher (SFT), student (on-policy)
-SCHEDULE=${SCHEDULE:-linear:2}            # beta of each iteration
-AGGREGATE=${AGGREGATE:-current}           # current (go on from the last adapter, as the paper) or union (all labels)
+MIX=${MIX:-turn}                          # turn (DAgger), prefix (AggreVaTe), teacher (SFT), student (on-policy)
+SCHEDULE=${SCHEDULE:-linear:2}            # beta of each iteration, with MIX=turn
+PREFIX_TURNS=${PREFIX_TURNS:-0:3}         # START:GROWTH, with MIX=prefix: the student's first turns, at most
+KEEP=${KEEP:-all}                         # resolved: grade what was collected, train on what resolved its task
+LABEL_STATES=${LABEL_STATES:-all}         # states that get a label: all, student, uncertain:P
+MAX_LABELS=${MAX_LABELS:-}                # at most so many labels in each iteration: N, or N1,N2,... one by one
+AGGREGATE=${AGGREGATE:-current}           # current (go on from the last adapter, as the paper), union (all labels),
+                                          # window:K (those of the last K iterations)
 SAMPLE=${SAMPLE:-96}                      # tasks per iteration
 SEED=${SEED:-0}
 WORKERS=${WORKERS:-32}                    # trajectories at once
@@ -42,7 +47,11 @@ TRAIN_FLAGS=${TRAIN_FLAGS:---epochs 2 --batch-size 1}  # more flags for 03; many
 TRAIN_GPUS=${TRAIN_GPUS:-1}               # GPUs that train, each with the whole model
 DRY_RUN=${DRY_RUN:-0}                     # 1: print the commands, touch nothing
 
-case $AGGREGATE in union | current) ;; *) echo "AGGREGATE is union or current, not $AGGREGATE" >&2; exit 2 ;; esac
+bad() { echo "$1" >&2; exit 2; }
+[[ $AGGREGATE =~ ^(current|union|window:[1-9][0-9]*)$ ]] || bad "AGGREGATE is current, union or window:K, not $AGGREGATE"
+[[ $KEEP =~ ^(all|resolved)$ ]] || bad "KEEP is all or resolved, not $KEEP"
+[ "$INLINE" = 0 ] || [ "$KEEP$LABEL_STATES$MAX_LABELS" = allall ] ||
+    bad "INLINE=1 asks for the label of every turn of the student: it does not go with KEEP, LABEL_STATES or MAX_LABELS"
 if [ "$DRY_RUN" = 1 ]; then PYTHON=.venv/bin/python; else . common/setup.sh; fi
 
 case $RUN in /*) run=$RUN ;; *) run=runs/$RUN ;; esac
@@ -54,6 +63,11 @@ key=(${TEACHER_KEY_ENV:+--teacher-key-env "$TEACHER_KEY_ENV"})
 cost=(${PRICE:+--price "$PRICE"} ${MAX_COST:+--max-cost "$MAX_COST"})
 of_teacher=("${key[@]}" ${TEACHER_EXTRA:+--teacher-extra "$TEACHER_EXTRA"} "${cost[@]}")
 inline=(); [ "$INLINE" = 0 ] || inline=(--inline --cache "$run/cache")
+mix=(--mix "$MIX"); case $MIX in turn) mix+=(--schedule "$SCHEDULE") ;; prefix) mix+=(--prefix-turns "$PREFIX_TURNS") ;; esac
+select=()
+[ "$KEEP" = all ] || select+=(--keep "$KEEP")
+[ "$LABEL_STATES" = all ] || select+=(--label-states "$LABEL_STATES")
+IFS=, read -ra max_labels <<<"$MAX_LABELS"
 torchrun=(); [ "$TRAIN_GPUS" = 1 ] || torchrun=(-m torch.distributed.run --standalone --nproc-per-node "$TRAIN_GPUS")
 
 number() { if [ "$1" = N ]; then echo N; else printf %03d "$1"; fi; }
@@ -63,11 +77,15 @@ student() {                               # as a policy after iteration $1; opti
         echo "$base,adapter=$(iter "$1")/adapter${STUDENT#"$base"}"; fi
 }
 collected() {                             # what iteration $1 trains on, and what it starts from
-    if [ "$AGGREGATE" = union ]; then
-        for ((j = 1; j <= $1; j++)); do iter "$j"; done
-    else
-        iter "$1"; [ "$1" = 1 ] || echo "--init-adapter $(iter $(($1 - 1)))/adapter"
-    fi
+    local first=1 j
+    case $AGGREGATE in
+        current) iter "$1"; [ "$1" = 1 ] || echo "--init-adapter $(iter $(($1 - 1)))/adapter"; return ;;
+        window:*) first=$(($1 - ${AGGREGATE#window:} + 1)) ;;
+    esac
+    for ((j = first > 1 ? first : 1; j <= $1; j++)); do iter "$j"; done
+}
+at_most() {                               # labels of iteration $1: its own number, or the last one given
+    [ -z "$MAX_LABELS" ] || echo "--max-labels ${max_labels[$1 - 1]:-${max_labels[-1]}}"
 }
 quoted() {                                # the words as a line for a shell
     local word line=
@@ -89,13 +107,17 @@ for ((i = 1; i <= ITERATIONS; i++)); do
 
     # 1. Teacher and student take turns on fresh tasks: b_t ~ Bernoulli(beta_i)
     stage "iteration $i: collect" 01_collect.py --tasks "$TASKS" --exclude-tasks "$EVAL_TASKS" $TEST_TASKS \
-        --sample "$SAMPLE" --iteration "$i" --mix "$MIX" --schedule "$SCHEDULE" \
+        --sample "$SAMPLE" --iteration "$i" "${mix[@]}" \
         --teacher "$TEACHER" --student "$(student $((i - 1)))" --out "$dir/trajectories.jsonl" \
         "${of_teacher[@]}" "${of_student[@]}" "${inline[@]}" "${agent[@]}"
 
+    # With KEEP=resolved: which of these trajectories resolved their task?
+    [ "$KEEP" = all ] || stage "iteration $i: grade" 04_eval.py --tasks "$TASKS" \
+        --trajectories "$dir/trajectories.jsonl" --iteration "$i" --out "$dir/grades" --workers "$WORKERS"
+
     # 2. The teacher's action at every state that was visited
     stage "iteration $i: relabel" 02_relabel.py --trajectories "$dir/trajectories.jsonl" --teacher "$TEACHER" \
-        --out "$dir/labels.jsonl" --workers "$WORKERS" --cache "$run/cache" "${of_teacher[@]}"
+        --out "$dir/labels.jsonl" --workers "$WORKERS" --cache "$run/cache" "${select[@]}" $(at_most "$i") "${of_teacher[@]}"
 
     # 3. Train the student on all labels so far, with the GPUs to itself
     case "$STUDENT $TEACHER" in *vllm:*) call -m common.serve stop "$STUDENT" "$TEACHER" ;; esac

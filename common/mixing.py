@@ -1,7 +1,8 @@
-"""Who acts: the schedules of beta and the draw that decides between teacher and student.
+"""Who acts: the schedules of beta, the draw that decides between teacher and student, and where a prefix ends.
 
-Source: DAgger (Ross, Gordon, Bagnell 2011), turn-level mixing as in arXiv 2605.12913. Every draw depends on
-(seed, iteration, instance, attempt, turn) alone, so that neither the number of workers nor another task changes it.
+Sources: DAgger (Ross, Gordon, Bagnell 2011), turn-level mixing as in arXiv 2605.12913; prefixes as in AggreVaTe (Ross,
+Bagnell 2014). Every draw depends on (seed, iteration, instance, attempt, turn) alone, so that neither the number of
+workers nor another task changes it.
 """
 
 import hashlib
@@ -25,6 +26,23 @@ def draw(seed: int, iteration: int, instance_id: str, attempt: int, turn: int) -
 def actor(beta: float, seed: int, iteration: int, instance_id: str, attempt: int, turn: int) -> str:
     """'teacher' with probability beta, else 'student'. The draw is made whatever beta is."""
     return "teacher" if draw(seed, iteration, instance_id, attempt, turn) < beta else "student"
+
+
+def longest_prefix(prefix_turns: str, iteration: int) -> int:
+    """T_max(i) = START + GROWTH (i-1) turns for iteration i = 1, 2, ..., from the text START:GROWTH.
+
+    Raises InputError unless both are whole numbers of at least 0.
+    """
+    parts = prefix_turns.split(":")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise InputError(f"--prefix-turns {prefix_turns!r} is not START:GROWTH, two whole numbers as 0:3 (the student "
+                         "acts in at most START turns in iteration 1, and in GROWTH more in each further one)")
+    return int(parts[0]) + int(parts[1]) * (iteration - 1)
+
+
+def prefix(longest: int, seed: int, iteration: int, instance_id: str, attempt: int) -> int:
+    """kappa ~ Uniform{0, ..., longest}: the student acts at turns 0 .. kappa-1, the teacher from turn kappa on."""
+    return derive("prefix", seed, iteration, instance_id, attempt) % (longest + 1)
 
 
 def beta_at(schedule: str, iteration: int) -> float:

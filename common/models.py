@@ -29,7 +29,7 @@ def load_tokenizer(model: str) -> tuple[Any, int | None]:
 def load_base(model: str, quant: str, **options: Any) -> Any:
     """The causal language model, fp32 on CPU and bf16 on CUDA. quant: nf4 (double quantisation, as QLoRA) or none.
 
-    `options` go to transformers. Raises InputError where there is no model that it can load.
+    `options` go to transformers, dtype and device_map among them. Raises InputError where there is no model that it can load.
     """
     import torch
     import transformers
@@ -40,9 +40,9 @@ def load_base(model: str, quant: str, **options: Any) -> Any:
     if quant == "nf4":
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    options = {"dtype": dtype, "device_map": {"": torch.cuda.current_device() if cuda else "cpu"}} | options
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            model_path(model), dtype=dtype, device_map={"": torch.cuda.current_device() if cuda else "cpu"}, **options)
+        return transformers.AutoModelForCausalLM.from_pretrained(model_path(model), **options)
     except (OSError, ValueError) as error:
         raise InputError(_not_loaded(model, error)) from None
 

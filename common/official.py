@@ -59,11 +59,16 @@ RAISED = re.compile(r"^([A-Za-z_][\w.]*)(?:: .*)?$", re.M)
 def choose(rows: list[dict], grader: str) -> dict[str, str]:
     """instance_id -> "local" or "swebench". grader: auto (local where a row has `local`), local or swebench.
 
-    Raises InputError for a row that the official harness is to grade and cannot: it names the id and the fields.
+    Raises InputError for a row that names no tests, and for one that the official harness is to grade and cannot: it
+    names the id and the fields.
     """
     def one(row: dict) -> str:
         return "local" if grader == "local" or (grader == "auto" and row.get("local")) else "swebench"
 
+    for row in rows:
+        if not row["FAIL_TO_PASS"] and not row["PASS_TO_PASS"]:
+            raise InputError(f"{row['instance_id']}: FAIL_TO_PASS and PASS_TO_PASS name no test, so there is nothing to "
+                             "grade a patch by; 01_collect.py --mix student makes one without grading it")
     chosen = {row["instance_id"]: one(row) for row in rows}
     official = [row for row in rows if chosen[row["instance_id"]] == "swebench"]
     for row in official:

@@ -10,7 +10,7 @@ The conversation is replayed into a `_Scene` (what is on the screen and still ho
 
 import re
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from common import actions, toy_tasks
 from common.toy_tasks import Edit, Task
@@ -26,7 +26,31 @@ _STATUS_FROM_ROOT = f"git add -A && git diff --cached --name-status {_ROOT}"
 def act(row: dict, messages: list[dict]) -> str:
     """The next assistant turn: a short sentence and one command. Raises InputError for a row that is no toy task."""
     task = toy_tasks.find(row)
-    why, command = _decide(task, _replay(task, messages))
+    return _say(*_decide(task, _replay(task, messages)))
+
+
+def slip(row: dict, messages: list[dict], choice: int) -> str:
+    """A wrong turn that an expert might take here: another repair of the line than the right one; to submit without a
+    test or at a failing one; to look around or to test again where something better is due.
+
+    `choice`, a number drawn from a seed, picks among several wrong repairs. Raises as `act` does.
+    """
+    task = toy_tasks.find(row)
+    scene = _replay(task, messages)
+    why, command = _decide(task, scene)
+    edits = [e for e in task.edits if e.others and command.endswith(e.path) and why.endswith(f" should be {e.site[1]}.")]
+    if command.startswith("sed ") and edits:
+        before, _, after = edits[0].site
+        wrong = edits[0].others[choice % len(edits[0].others)]
+        return _say(*_replace(scene, replace(edits[0], site=(before, wrong, after)), "HEAD"))
+    if command == "submit":
+        return _say("Run the tests once more.", "pytest")
+    if scene.changed or scene.failed:
+        return _say("That should do.", "submit")
+    return _say("Look around.", "ls")
+
+
+def _say(why: str, command: str) -> str:
     return f"{why}\n```bash\n{command}\n```"
 
 

@@ -16,10 +16,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import jsonl
+from common import jsonl, mixing
 from common.errors import InputError
 
-KINDS = ("hf:MODEL[,adapter=DIR][,quant=nf4|none]   openai:MODEL@URL   oracle   replay:FILE   "
+KINDS = ("hf:MODEL[,adapter=DIR][,quant=nf4|none]   openai:MODEL@URL   oracle[,noise=P]   replay:FILE   "
          "vllm:MODEL[,adapter=DIR][,gpus=0+1][,util=0.4][,args=...]")  # fmt: skip
 
 
@@ -138,10 +138,11 @@ def open_policy(
         from common.vllm_policy import VllmPolicy
 
         return VllmPolicy(rest, role, sampling, max_context, extra=extra or {}, **server)
-    if extra and (spec == "oracle" or kind == "replay"):
+    is_oracle = spec.partition(",")[0] == "oracle"
+    if extra and (is_oracle or kind == "replay"):
         raise InputError(f"--{role}-extra is for servers and hf:, not for {spec}")
-    if spec == "oracle":
-        return OraclePolicy(sampling)
+    if is_oracle:
+        return OraclePolicy(spec, sampling)
     if kind == "replay" and rest:
         return ReplayPolicy(rest, sampling)
     raise InputError(f"--{role} {spec!r}: no such policy; there are: {KINDS}")
@@ -173,15 +174,29 @@ class Plain:
 
 
 class OraclePolicy(Plain):
-    """The scripted expert of the toy tasks."""
+    """The scripted expert of the toy tasks; with noise=P it errs at a share P of its turns, drawn from their seeds."""
 
-    name = "oracle"
+    def __init__(self, spec: str, sampling: dict):
+        super().__init__(sampling)
+        _, *options = spec.split(",")
+        self.name, self.noise = spec, 0.0
+        try:
+            for option in options:
+                name, _, number = option.partition("=")
+                self.noise = {"noise": float(number)}[name]
+        except (KeyError, ValueError):
+            raise InputError(f"{spec}: wanted oracle[,noise=P]") from None
+        if not 0 <= self.noise <= 1:
+            raise InputError(f"{spec}: noise is the share of wrong turns, from 0 to 1")
 
     def act(self, row: dict, messages: list[dict], *, seed: int, episode: str, turn: int, attempt: int) -> Answer:
         from common import oracle
 
         started = time.monotonic()
-        text = oracle.act(row, messages)
+        if mixing.derive("noise", seed) < self.noise * 2**63:
+            text = oracle.slip(row, messages, mixing.derive("slip", seed))
+        else:
+            text = oracle.act(row, messages)
         return Answer(text, "stop", seconds=time.monotonic() - started)
 
 

@@ -37,6 +37,7 @@ TEST_TASKS=${TEST_TASKS-swe-bench-verified}  # may be empty
 default ITERATIONS 5
 default SAMPLE 512
 default SCHEDULE paper
+default PREFIX_TURNS 0:10                 # ours; turns of the student at most, 10 more in each iteration
 default WORKERS 64
 default AGENT_FLAGS "--max-turns 100 --max-tokens $CONTEXT --max-new-tokens 4096 --time-limit 3600 \
 --command-timeout 120 --check-images --evict-images"

@@ -198,6 +198,17 @@ def _git_directory(source: Path) -> Path | None:
     return None
 
 
+def head(source: Path) -> str | None:
+    """The commit that a git repository is at; None for what is none. Raises InputError where it has no commit."""
+    if not source.is_dir() or (git_dir := _git_directory(source)) is None:
+        return None
+    environment = GIT_ENVIRONMENT | {"GIT_DIR": str(git_dir)}
+    try:
+        return _git(("-c", "safe.directory=*", "rev-parse", "--verify", "HEAD"), environment, source).decode().strip()
+    except InfraError as error:
+        raise InputError(f"{source} is a git repository without a commit ({error}): commit something there") from None
+
+
 def _write_inline(tree: Path, source: dict, name: str) -> None:
     for path, text in source.items():
         parts = Path(path).parts

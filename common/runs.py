@@ -272,7 +272,9 @@ def _conditions(manifest: dict) -> dict:
 
 def _arm_name(settings: dict) -> str:
     beta = settings.get("beta")
-    schedule = settings.get("schedule") or ("paper" if beta is None else f"beta {beta:g}")
+    schedule = settings.get("schedule") or ("paper" if beta is None else f"constant:{beta:g}")
+    if settings.get("mix") == "turn" and schedule in ("constant:1", "constant:0"):  # --mix teacher and student by another name
+        settings = settings | {"mix": "teacher" if schedule == "constant:1" else "student"}
     names = {"turn": f"DAgger {schedule}", "prefix": f"AggreVaTe {settings.get('prefix_turns')}", "teacher": "SFT",
              "student": "on-policy", None: "not collected"}  # fmt: skip
     name = names.get(settings.get("mix"), str(settings.get("mix")))
@@ -293,6 +295,11 @@ def _settings(stages: dict[int, dict[str, dict]]) -> tuple[dict, int | None]:
     of = {name: content["settings"] for name, content in first.items()}
     settings = {name: of.get(stage, {}).get(name) for name, stage in SETTINGS.items()}
     settings |= {name: None for name, mix in OF_MIX.items() if settings["mix"] != mix}
+    if of.get("relabel", {}).get("keep") == "resolved":  # 02 or 03 may have left the others out
+        settings["keep"] = "resolved"
+    budgets = [str(found["relabel"]["settings"].get("max_labels")) for found in stages.values() if "relabel" in found]
+    if len(set(budgets)) > 1:
+        settings["max_labels"] = ",".join(budgets)
     student = of.get("eval", {}).get("student") or settings["student"]
     settings["student"] = student and re.sub(r",adapter=[^,]*", "", student)
     settings["aggregate"] = _aggregation({i: found["train"] for i, found in stages.items() if "train" in found})

@@ -40,6 +40,7 @@ TRAJECTORY = {
     "seed": (_INT, True),
     "mix": (_TEXT, True),
     "beta": (_NUM + _NONE, True),
+    "kappa": (_INT, False),
     "student": (_DICT + _NONE, True),
     "teacher": (_DICT + _NONE, True),
     "prompt": (_TEXT, True),

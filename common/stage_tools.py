@@ -9,6 +9,7 @@ from typing import Callable, Iterable
 
 from tqdm import tqdm
 
+from common import jsonl
 from common.errors import InfraError, InputError
 from common.work import Work
 
@@ -97,14 +98,34 @@ def token_counter(*policies) -> Callable[[str], int]:
     return lambda text: math.ceil(len(text.encode()) / 4)
 
 
+def resolved(directory: str | Path, trajectory_ids: Iterable[str]) -> set[str]:
+    """The ids of the trajectories in `directory` that resolved their task, as graded into its `grades`.
+
+    Raises InputError where the trajectories are not graded, or others were.
+    """
+    home, ids = Path(directory), set(trajectory_ids)
+    path = home / "grades/results.jsonl"
+    how = f"04_eval.py --tasks TASKS --trajectories {home}/trajectories.jsonl --out {home}/grades makes it"
+    if not path.is_file():
+        raise InputError(f"{path} is missing: {how}")
+    found, graded = set(), set()
+    for result in jsonl.read(path, "result"):
+        graded.add(result["trajectory_id"])
+        found |= {result["trajectory_id"]} if result["resolved"] else set()
+    if not ids & graded:
+        raise InputError(f"{path} has no result for any trajectory of {home}: {how}")
+    return found & ids
+
+
 def show_result(show, row: dict, record: dict) -> None:
-    """The end of a transcript: how it ended, and for a task with `local`, whether the patch is right."""
+    """The end of a transcript: how it ended, and for a task with `local` and tests, whether the patch is right."""
     from common import grading
 
     if not record["patch"].strip():
         return show.result(f"{record['exit_status']}, nothing changed", False)
     added = [line for line in record["patch"].splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
-    verdict = grading.grade(row, record["patch"])["resolved"] if row.get("local") else None
+    gradable = row.get("local") and (row["FAIL_TO_PASS"] or row["PASS_TO_PASS"])
+    verdict = grading.grade(row, record["patch"])["resolved"] if gradable else None
     show.result(
         "\n".join(added[:12] + ["…"] * (len(added) > 12))
         + f"\n{record['exit_status']}, {({True: 'RESOLVED', False: 'not resolved', None: 'not graded here'})[verdict]}",

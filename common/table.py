@@ -98,7 +98,8 @@ def row(iteration: int, stages: dict[str, dict]) -> list[str]:
     cells = dict.fromkeys(COLUMNS, "-") | {"iteration": str(iteration)}
     if "collect" in stages:
         summary = stages["collect"]["summary"]
-        cells["beta"] = f"{summary['beta']:.2f}"
+        if summary["beta"] is not None:  # a prefix has none
+            cells["beta"] = f"{summary['beta']:.2f}"
         cells["teacher turns"] = f"{summary['teacher_turn_share']:.2f}"
         cells["teacher tokens"] = f"{summary['teacher_token_share']:.2f}"
     if "relabel" in stages and stages["relabel"]["summary"]["agree"] is not None:

@@ -20,7 +20,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import jsonl, mixing, repositories, run, schema
+from common import jsonl, mixing, repositories, repository, run, schema
 from common.errors import InputError, StageError
 
 SPECS = (
@@ -34,14 +34,18 @@ DATASETS = {  # spec -> the data set's name on the hub, its split
     "swe-gym:holdout": ("SWE-Gym/SWE-Gym", "train"),
     "swe-gym-lite": ("SWE-Gym/SWE-Gym-Lite", "train"),
 }
+# What a row with `local` may leave out, all together, where a patch is wanted and nothing is to be graded; repo and
+# base_commit (of a git repository: HEAD) are then optional, too.
+UNGRADED = {"patch": "", "test_patch": "", "FAIL_TO_PASS": [], "PASS_TO_PASS": []}
 
 
 def load(spec: str, limit: int | None = None) -> list[dict]:
     """The rows that a task spec names, validated, the first `limit` (or the spec's own :N) of them.
 
     FAIL_TO_PASS and PASS_TO_PASS come out as lists; relative paths in `local` are taken from the file's directory; rows
-    of known repositories are completed (repositories.complete). Raises InputError for an unknown spec, a missing file
-    or data set, a malformed row, a repeated id or an empty list; StageError if the hub cannot be reached.
+    of known repositories are completed (repositories.complete), and so are rows that want a patch alone (UNGRADED).
+    Raises InputError for an unknown spec, a missing file or data set, a malformed row, a repeated id or an empty list;
+    StageError if the hub cannot be reached.
     """
     name, _, last = spec.rpartition(":")
     first = int(last) if name and last.isdigit() else None
@@ -167,12 +171,14 @@ def _complete(row: dict, file: str, where: str) -> dict:
                 row[field] = json.loads(row[field])
             except ValueError:
                 raise InputError(f"{where}: field {field!r} is neither a list nor a list as JSON text") from None
+    home, local = Path(file).resolve().parent, row.get("local")
+    if isinstance(local, dict) and isinstance(local.get("source"), str) and not row.keys() & UNGRADED.keys():
+        source = home / local["source"]
+        row = UNGRADED | {"repo": source.name, "base_commit": repository.head(source) or ""} | row
     schema.check(row, "task", where)
-    local = row.get("local")
     if local is not None:
         if "source" not in local:
             raise InputError(f"{where}: field 'local' needs 'source': a directory, tarball or git repository")
-        home = Path(file).resolve().parent
         # A link is kept as it is: the python of a virtual environment is one, and means more than what it points to.
         row["local"] = local | {
             name: str(home / local[name]) for name in ("source", "python") if isinstance(local.get(name), str)

@@ -66,6 +66,7 @@ class Edit:
     function: str
     number: int  # index of the line in the file
     site: tuple[str, str, str]
+    others: tuple[str, ...]  # what could stand at the site too, but is neither the bug nor right
 
     @property
     def line(self) -> str:
@@ -278,7 +279,8 @@ def _make(rng: random.Random, split: str, index: int, family, kind: str) -> Task
         before, after = function.line.replace("{name}", function.name).split("{site}")
         right = function.options[function.right]
         number = lines.index(before + right + after)
-        edits.append(Edit(home, function.name, number, (before, right, after)))
+        others = tuple(o for i, o in enumerate(function.options) if i not in (function.right, function.bug))
+        edits.append(Edit(home, function.name, number, (before, right, after), others))
         if lines.count(before + right + after) > 1 or files[home].count(function.options[function.bug]) > 1:
             return None
         if now[number] != before + function.options[function.bug] + after:
@@ -332,7 +334,8 @@ def _make(rng: random.Random, split: str, index: int, family, kind: str) -> Task
         "PASS_TO_PASS": sorted(keep),
         "version": VERSION,
         "prompt": "toy",
-        "local": {"source": files, "env": {"COLUMNS": "160"}},  # so wide that no assertion is cut
+        # So wide that no assertion is cut; and plugins that happen to be installed would double the time of every test run.
+        "local": {"source": files, "env": {"COLUMNS": "160", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}},
         "split": split,
         "family": family.__name__,
         "unseen_family": unseen,

@@ -273,6 +273,15 @@ def test_the_names_of_arms(tmp_path):
              "kept": {"mix": "teacher", "keep": "resolved"}, "aggrevate": {"mix": "prefix"}, "on": {"mix": "student"}}  # fmt: skip
     runs = [metrics.read(make_run(tmp_path / name, **options)) for name, options in kinds.items()]
     assert metrics.arm_names(runs) == ["DAgger linear:2"] * 2 + ["SFT"] * 2 + ["SFT, resolved only", "AggreVaTe 0:2", "on-policy"]
+    always = metrics.read(make_run(tmp_path / "always", schedule="constant:1"))
+    assert metrics.arm_names([runs[2], always]) == ["SFT, mix teacher", "SFT, mix turn, schedule constant:1"]
+    for run, numbers in ((runs[0], (5, 5)), (runs[1], (5, 4))):
+        for number, labels in enumerate(numbers, 1):
+            lines(run.home / f"iter_00{number}/labels.jsonl", [])
+            manifest(run.home / f"iter_00{number}/labels.jsonl.manifest.json", {"max_labels": labels, "keep": "resolved"}, {})
+    budgets = [metrics.read(run.home) for run in runs[:2]]
+    assert [run.settings["max_labels"] for run in budgets] == [5, "5,4"]
+    assert metrics.arm_names(budgets)[1] == "DAgger linear:2, resolved only, max labels 5,4"
     three = ((0, 0), (0, 1), (1, 1))
     more = {"union": {"data": [["1"], ["1", "2"]]}, "window": {"data": [["1"], ["2"]]}}
     union, window = (metrics.read(make_run(tmp_path / name, three, **options)) for name, options in more.items())

@@ -223,3 +223,33 @@ def test_survives_junk(seed):
 @pytest.mark.parametrize("seed", range(1000, 1300))
 def test_survives_much_junk(seed):
     survives(SPLITS[seed % 4], seed)
+
+
+@pytest.mark.parametrize("kind", toy_tasks.KINDS)
+def test_a_slip_is_one_command_that_is_not_the_right_one(kind):
+    """At every turn of an expert's episode; a wrong edit is another option of the family, and the expert recovers."""
+    task, wrong_edits = first(kind, "train"), 0
+    with LocalSandbox(task.row) as sandbox:
+        messages = prompts.opening(task.row)
+        for turn in range(20):
+            right, slip = oracle.act(task.row, messages), oracle.slip(task.row, messages, choice=turn)
+            assert actions.parse(slip) and slip != right
+            if actions.parse(right) == actions.SUBMIT:
+                break
+            edits = actions.parse(slip).startswith("sed ")
+            wrong_edits += edits
+            step(sandbox, messages, slip if edits and wrong_edits == 1 else right)
+        assert wrong_edits > 1 and is_resolved(task, sandbox.diff())
+
+
+def test_noise_is_the_share_of_slips():
+    """1,000 turns at 0.3: within 4 standard deviations (0.058); fixed by the seeds, one in 16,000 for others."""
+    from common.policies import open_policy
+
+    row = toy_tasks.task("train", 0).row
+    state = [{"role": m["role"], "content": m["content"]} for m in prompts.opening(row)]
+    policy = open_policy("oracle,noise=0.3", role="teacher", temperature=0, top_p=1, max_new_tokens=64)
+    said = [policy.act(row, state, seed=seed, episode="", turn=0, attempt=0).text for seed in range(1000)]
+    share = sum(text != oracle.act(row, state) for text in said) / 1000
+    assert share == pytest.approx(0.3, abs=4 * (0.3 * 0.7 / 1000) ** 0.5)
+    assert said == [policy.act(row, state, seed=seed, episode="", turn=0, attempt=0).text for seed in range(1000)]

@@ -84,6 +84,29 @@ def test_every_command_is_one_that_its_script_takes(preset, monkeypatch):
                 assert acts.partition(":")[2].split(",")[0] == args.model
 
 
+def test_the_arms():
+    """Every arm of the comparison is a knob away, and its commands are ones that the scripts take."""
+
+    def of(script, **knobs):
+        return [args for name, args in parsed(dry(ITERATIONS="3", **knobs)) if name == script]
+
+    prefix = of("01_collect.py", MIX="prefix")
+    assert {(args.mix, args.prefix_turns, args.schedule) for args in prefix} == {("prefix", "0:3", None)}
+    assert {args.schedule for args in of("01_collect.py", MIX="student") + of("01_collect.py", MIX="teacher")} == {None}
+    resolved = dry(ITERATIONS="1", KEEP="resolved", TEACHER="oracle,noise=0.3")
+    names = [name for name, _ in parsed(resolved)]
+    assert names[2:6] == ["01_collect.py", "04_eval.py", "02_relabel.py", "03_train.py"]  # graded before it is relabelled
+    graded = parsed(resolved)[3][1]
+    assert (graded.trajectories, graded.out) == ("runs/laptop/iter_001/trajectories.jsonl", "runs/laptop/iter_001/grades")
+    assert parsed(resolved)[4][1].keep == "resolved"
+    assert [args.max_labels for args in of("02_relabel.py", MAX_LABELS="50,40")] == [50, 40, 40]
+    assert [args.max_labels for args in of("02_relabel.py")] == [None] * 3
+    assert {args.label_states for args in of("02_relabel.py", LABEL_STATES="uncertain:0.25")} == {"uncertain:0.25"}
+    data = [args.data for args in of("03_train.py", AGGREGATE="window:2")]
+    assert data == [[f"runs/laptop/iter_00{i}" for i in which] for which in ([1], [1, 2], [2, 3])]
+    assert {args.init_adapter for args in of("03_train.py", AGGREGATE="window:2")} == {None}
+
+
 @pytest.mark.parametrize("preset, iterations", [("laptop", 3), ("paper", 5), ("paper-8b", 5), ("api-teacher", 3)])
 def test_as_many_iterations_as_asked_for(preset, iterations):
     for knobs, count in (({}, iterations), ({"ITERATIONS": "1"}, 1), ({"ITERATIONS": "7"}, 7)):
@@ -181,7 +204,10 @@ def test_a_dry_run_prints_what_the_loop_runs(home, preset, knobs):
 def test_mistakes_are_refused_before_anything_is_done(home):
     for knobs, words in (({"PRESET": "papers"}, "laptop, paper, paper-8b or api-teacher, not papers"),
                          ({"PRESET": "api-teacher"}, "needs TEACHER=openai:MODEL@URL, and the key in OPENAI_API_KEY"),
-                         ({"AGGREGATE": "all"}, "union or current, not all")):  # fmt: skip
+                         ({"AGGREGATE": "all"}, "AGGREGATE is current, union or window:K, not all"),
+                         ({"AGGREGATE": "window:0"}, "not window:0"),
+                         ({"KEEP": "best"}, "KEEP is all or resolved, not best"),
+                         ({"INLINE": "1", "MAX_LABELS": "9"}, "it does not go with KEEP")):  # fmt: skip
         for how in ({}, {"DRY_RUN": "1"}):
             done = loop(home, **knobs, **how)
             assert (done.returncode, done.stdout) == (2, "") and words in done.stderr

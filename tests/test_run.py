@@ -118,3 +118,18 @@ def test_manifest_says_how_it_was_made(tmp_path):
 def test_summary_line(capsys):
     run.print_summary({"labels": 3, "loss": 0.123456789, "agree": None, "table": {"a": 1}})
     assert capsys.readouterr().out == "summary labels=3 loss=0.1234568 agree=None\n"
+
+
+def test_an_adapter_may_lie_elsewhere_but_not_be_another(tmp_path, monkeypatch):
+    """A run directory that was moved or copied goes on: the adapter's hash says which it is, not its path."""
+    args = Args(out=str(tmp_path / "o"))
+
+    def stage(adapter, adapter_hash):
+        return run.Stage(str(tmp_path / "o"), args, {"student": {"adapter": adapter, "adapter_hash": adapter_hash}})
+
+    stage("runs/a/adapter", "h1")
+    stage("elsewhere/adapter", "h1")
+    with pytest.raises(InputError, match="student.adapter_hash = 'h1', now it is 'h2'"):
+        stage("runs/a/adapter", "h2")
+    with pytest.raises(InputError, match="student.adapter = 'elsewhere/adapter', now it is None"):
+        stage(None, None)

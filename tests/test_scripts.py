@@ -233,6 +233,29 @@ def test_predictions_with_unknown_or_double_ids_are_refused(tmp_path):
         assert done.returncode == 2 and message in done.stderr
 
 
+def test_a_patch_for_a_repository_of_ones_own(tmp_path):
+    """An issue and a git repository are a task; nothing is graded, and the patch applies where it came from."""
+    home = tmp_path / "mine"
+    home.mkdir()
+    (home / "a.py").write_text("x = 1\n")
+    git = ["git", "-C", home, "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *words], check=True)
+    task = {"instance_id": "mine-1", "problem_statement": "x is 2.", "local": {"source": "mine"}}
+    (tmp_path / "mine.json").write_text(json.dumps([task]))
+    (tmp_path / "turns.jsonl").write_text(json.dumps({"instance_id": "mine-1", "turns": [say("sed -i s/1/2/ a.py"),
+                                                                                         say("submit")]}))  # fmt: skip
+    done = script("01_collect.py", "--tasks", tmp_path / "mine.json", "--mix", "student", "--student",
+                  f"replay:{tmp_path / 'turns.jsonl'}", "--out", tmp_path / "t.jsonl", "--show")  # fmt: skip
+    assert "submitted, not graded here" in done.stdout and "$ sed -i s/1/2/ a.py" in done.stdout
+    (record,) = jsonl.read(tmp_path / "t.jsonl", "trajectory")
+    subprocess.run([*git, "apply"], input=record["patch"], text=True, check=True)
+    assert (home / "a.py").read_text() == "x = 2\n"
+    done = script("04_eval.py", "--tasks", tmp_path / "mine.json", "--trajectories", tmp_path / "t.jsonl", "--out",
+                  tmp_path / "eval", ok=False)  # fmt: skip
+    assert done.returncode == 2 and "name no test" in done.stderr and not (tmp_path / "eval").exists()
+
+
 @pytest.mark.slow
 def test_a_full_disk_is_exit_1_and_loses_nothing(tmp_path, student):
     """A file system of 64 KB fills up in the middle of the run; with room again the same command finishes."""
@@ -251,3 +274,129 @@ def test_a_full_disk_is_exit_1_and_loses_nothing(tmp_path, student):
         assert summary(collect(small / "t.jsonl", student, "--attempts", 3))["trajectories"] == "18"
     finally:
         subprocess.run(["umount", small], check=True)
+
+
+# ---- the arms
+
+
+def test_a_prefix_of_the_student_then_the_teacher(student, tmp_path):
+    """--mix prefix: kappa is drawn for each trajectory, the student acts before it and the teacher from it on."""
+    common = ("--tasks", "toy:train:6", "--teacher", "oracle", "--student", student, "--iteration", 3, "--max-turns", 6)
+    done = script("01_collect.py", *common, "--mix", "prefix", "--prefix-turns", "0:2", "--out", tmp_path / "t.jsonl")
+    assert summary(done)["longest_prefix"] == "4" and summary(done)["beta"] == "None"
+    kappas = []
+    for record in jsonl.read(tmp_path / "t.jsonl", "trajectory"):
+        kappas.append(record["kappa"])
+        assert (record["mix"], record["beta"]) == ("prefix", None)
+        assert record["kappa"] == mixing.prefix(4, 0, 3, record["instance_id"], 0)
+        for message in record["messages"]:
+            if message["role"] == "assistant":
+                assert message["actor"] == ("student" if message["turn"] < record["kappa"] else "teacher")
+    assert len(set(kappas)) > 1
+    other = script("01_collect.py", *common, "--mix", "prefix", "--prefix-turns", "1:2", "--out", tmp_path / "t.jsonl", ok=False)
+    assert other.returncode == 2 and "longest_prefix = 4, now it is 5" in other.stderr
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--mix", "prefix"], "--mix prefix needs --prefix-turns START:GROWTH"),
+    (["--prefix-turns", "0:3"], "nothing else takes it"),
+    (["--mix", "prefix", "--prefix-turns", "0:3", "--beta", "0.5"], "--mix prefix has no beta"),
+    (["--mix", "prefix", "--prefix-turns", "3", "--student", "oracle"], "is not START:GROWTH"),
+    (["--mix", "prefix", "--prefix-turns", "2:0"], "--student is missing, and with a prefix of up to 2 turns it acts"),
+    (["--mix", "teacher", "--teacher", "oracle,noise=2"], "noise is the share of wrong turns"),
+    (["--mix", "teacher", "--teacher", "oracle,luck=0.5"], "wanted oracle[,noise=P]"),
+])  # fmt: skip
+def test_mistakes_about_who_acts(tmp_path, args, message):
+    done = script("01_collect.py", "--tasks", "toy:train:2", "--teacher", "oracle", *args, "--out", tmp_path / "t.jsonl", ok=False)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "t.jsonl").exists()
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory):
+    """Collected with a teacher that errs at half of its turns, and graded."""
+    home = tmp_path_factory.mktemp("noisy")
+    script("01_collect.py", "--tasks", "toy:train:24", "--teacher", "oracle,noise=0.5", "--mix", "teacher", "--out",
+           home / "trajectories.jsonl")  # fmt: skip
+    script("04_eval.py", "--tasks", "toy:train:24", "--trajectories", home / "trajectories.jsonl", "--out", home / "grades")
+    return home
+
+
+def test_rejection_sampling(noisy, tmp_path):
+    """A teacher that errs fails sometimes; --keep resolved labels the trajectories that did not, and nothing else."""
+    graded = {r["trajectory_id"]: r["resolved"] for r in jsonl.read(noisy / "grades/results.jsonl", "result")}
+    assert 3 <= sum(graded.values()) <= 21
+    command = ("02_relabel.py", "--trajectories", noisy / "trajectories.jsonl", "--teacher", "oracle,noise=0.5", "--out")
+    script(*command, tmp_path / "labels.jsonl", "--keep", "resolved")
+    labels = list(jsonl.read(tmp_path / "labels.jsonl", "label"))
+    assert {label["trajectory_id"] for label in labels} == {name for name in graded if graded[name]}
+    assert {label["source"] for label in labels} == {"executed"}
+
+    moved = tmp_path / "ungraded"
+    moved.mkdir()
+    (moved / "trajectories.jsonl").write_bytes((noisy / "trajectories.jsonl").read_bytes())
+    done = script("02_relabel.py", "--trajectories", moved / "trajectories.jsonl", "--teacher", "oracle", "--out",
+                  moved / "labels.jsonl", "--keep", "resolved", ok=False)  # fmt: skip
+    assert done.returncode == 2 and "grades/results.jsonl is missing: 04_eval.py --tasks TASKS" in done.stderr
+
+
+def test_max_labels_takes_whole_trajectories_and_cuts_the_last(noisy, tmp_path):
+    turns = {r["trajectory_id"]: sum(m["role"] == "assistant" for m in r["messages"])
+             for r in jsonl.read(noisy / "trajectories.jsonl")}  # fmt: skip
+    chosen = {}
+    for seed in (0, 1):
+        out = tmp_path / f"labels{seed}.jsonl"
+        done = script("02_relabel.py", "--trajectories", noisy / "trajectories.jsonl", "--teacher", "oracle", "--out", out,
+                      "--max-labels", 40, "--seed", seed)  # fmt: skip
+        assert summary(done)["states"] == "40"
+        of: dict = {}
+        for label in jsonl.read(out, "label"):
+            of.setdefault(label["trajectory_id"], []).append(label["turn"])
+        assert all(found == list(range(len(found))) for found in of.values())  # from the first turn on
+        assert sum(len(found) < turns[name] for name, found in of.items()) <= 1
+        chosen[seed] = set(of)
+    assert chosen[0] != chosen[1]
+    many = script("02_relabel.py", "--trajectories", noisy / "trajectories.jsonl", "--teacher", "oracle", "--out",
+                  tmp_path / "many.jsonl", "--max-labels", 9999)  # fmt: skip
+    assert f"there are {sum(turns.values())} states to label, fewer than --max-labels 9999" in many.stderr
+
+
+def test_which_states_are_labelled(iteration, tmp_path):
+    """student: where it acted. uncertain:P: there the share P with the lowest log-probability (none: uncertain first), and
+    what the teacher executed besides."""
+    home, _, _ = iteration
+    records = [json.loads(line) for line in (home / "trajectories.jsonl").read_text().splitlines()]
+    actors = {(r["trajectory_id"], m["turn"]): m["actor"] for r in records for m in r["messages"] if "actor" in m}
+    students = {key for key, actor in actors.items() if actor == "student"}
+
+    def relabel(name, *more, ok=True):
+        return script("02_relabel.py", "--trajectories", tmp_path / "trajectories.jsonl", "--teacher", "oracle", "--out",
+                      tmp_path / name, *more, ok=ok)  # fmt: skip
+
+    def labelled(name):
+        return {(r["trajectory_id"], r["turn"]) for r in jsonl.read(tmp_path / name, "label")}
+
+    (tmp_path / "trajectories.jsonl").write_bytes((home / "trajectories.jsonl").read_bytes())
+    relabel("student.jsonl", "--label-states", "student")
+    assert labelled("student.jsonl") == students
+    refused = relabel("none.jsonl", "--label-states", "uncertain:0.5", ok=False)
+    assert refused.returncode == 2 and "no turn of the student in" in refused.stderr and "logprobs" in refused.stderr
+
+    known, number = {}, 0
+    for record in records:
+        for message in record["messages"]:
+            if message.get("actor") == "student":
+                number += 1
+                message["logprob"] = None if number == 1 else -((number * 7) % 11 + number / 100)
+                known[record["trajectory_id"], message["turn"]] = message["logprob"]
+    (tmp_path / "trajectories.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    done = relabel("uncertain.jsonl", "--label-states", "uncertain:0.3")
+    ranked = sorted(known, key=lambda key: -99 if known[key] is None else known[key])
+    assert labelled("uncertain.jsonl") == set(ranked[: -(-3 * len(ranked) // 10)]) | (set(actors) - students)
+    assert int(summary(done)["queried"]) == -(-3 * len(ranked) // 10)
+
+    for text, message in (("uncertain:0", "P in uncertain:P is a share"), ("uncertain", "is a share"),
+                          ("certain", "is none of all, student, uncertain:P")):  # fmt: skip
+        bad = relabel("bad.jsonl", "--label-states", text, ok=False)
+        assert bad.returncode == 2 and message in bad.stderr and not (tmp_path / "bad.jsonl").exists()
+    assert "now it is 'student'" in relabel("uncertain.jsonl", "--label-states", "student", ok=False).stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common import repositories, tasks
+from common import official, repositories, tasks
 from common.errors import InputError, StageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +43,34 @@ def test_relative_paths_are_relative_to_the_file(tmp_path):
     path = write(tmp_path / "t.jsonl", [row("a", local={"source": "repository", "python": "venv/bin/python"})])
     local = tasks.load(path)[0]["local"]
     assert local == {"source": str(tmp_path / "repository"), "python": str(tmp_path / "venv/bin/python")}
+
+
+def git(folder, *words):
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    done = subprocess.run(["git", "-C", folder, *who, *words], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def test_a_row_that_wants_a_patch_names_no_tests(tmp_path):
+    """The issue and the repository are enough; the rows of a git repository are of its HEAD."""
+    for name in ("plain", "git"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.py").write_text("x = 1\n")
+    git(tmp_path / "git", "init", "-q")
+    bare = [{"instance_id": name, "problem_statement": "p", "local": {"source": name}} for name in ("plain", "git")]
+    path = write(tmp_path / "t.jsonl", bare)
+    with pytest.raises(InputError, match="git is a git repository without a commit"):
+        tasks.load(path)
+    git(tmp_path / "git", "add", "-A")
+    git(tmp_path / "git", "commit", "-qm", "one")
+    plain, of_git = tasks.load(path)
+    assert plain["FAIL_TO_PASS"] == plain["PASS_TO_PASS"] == [] and plain["patch"] == plain["base_commit"] == ""
+    assert (of_git["repo"], of_git["base_commit"]) == ("git", git(tmp_path / "git", "rev-parse", "HEAD"))
+    with pytest.raises(InputError, match="git: FAIL_TO_PASS and PASS_TO_PASS name no test"):
+        official.choose([of_git], "auto")
+    for half in ("patch", "test_patch", "FAIL_TO_PASS"):  # who names one of these means to have it graded
+        with pytest.raises(InputError, match="field '.*' is missing"):
+            tasks.load(write(tmp_path / "half.jsonl", [bare[1] | {half: row("a")[half]}]))
 
 
 @pytest.mark.parametrize(

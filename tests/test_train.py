@@ -21,6 +21,7 @@ import torch
 
 from common import chat, jsonl, models, prefix_tree, run, training
 from common.errors import InputError
+from common.hf_policy import hash_adapter
 from common.prefix_tree import Sample
 from tests import tiny
 
@@ -368,7 +369,8 @@ def test_train_then_load_then_go_on(home):
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
     assert json.loads((out / "manifest.json").read_text())["summary"]["labels"] == 18
     assert sorted(p.name for p in out.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "log", "manifest.json", "training_log.jsonl"]
+        "adapter_config.json", "adapter_model.safetensors", "label_nll.jsonl", "log", "manifest.json",
+        "training_log.jsonl"]
     assert not list(home.glob("*.tmp"))
 
     per_turn = script(*common, "--out", home / "per-turn", "--packing", "per-turn")
@@ -522,7 +524,7 @@ def test_what_the_change_of_base_costs(home, tmp_path, monkeypatch):
         assert "loss_plain" not in summary(dry)
     assert "loss_plain" not in summary(script(*common, "--quant", "none", "--out", tmp_path / "plain"))
 
-    monkeypatch.setattr(train, "SAMPLE", 2)
+    common = (*common, "--measure", 2)
     monkeypatch.setattr(training, "room_for_plain", lambda parameters: parameters < 1000)
     small = script(*common, "--quant", "nf4", "--out", tmp_path / "small")
     assert summary(small)["loss_plain"] == "None" and "plain base, as vLLM serves it: not measured" in small[1]
@@ -623,3 +625,110 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path, home):
     base = tiny.model_dir(tmp_path, "llama", "chatml")
     (Path(base) / "chat_template.jinja").unlink()
     assert "no chat template" in bad(tmp_path, home, model=base)
+
+
+# ---------------------------------------------------------------- arms, and what is measured for them
+
+
+def test_steps_per_epoch_share_out_the_trajectories():
+    for n, steps in ((10, 4), (67, 44), (5, 5), (7, 1)):
+        made = train.plan(n, 99, 2, None, seed=1, steps_per_epoch=steps)
+        assert [epoch for epoch, _ in made] == [1] * steps + [2] * steps
+        sizes = [len(chosen) for _, chosen in made]
+        assert max(sizes) - min(sizes) <= 1
+        assert sorted(i for epoch, chosen in made if epoch == 2 for i in chosen) == list(range(n))
+
+
+def nll_lines(path):
+    return {(line["trajectory_id"], line["turn"]): line for line in map(json.loads, path.read_text().splitlines())}
+
+
+def test_the_loss_of_labels_before_and_after(home, tmp_path):
+    """After: what a dry run on the new adapter says of each label. Before: under the student that collected, which is
+    the base, the adapter that training went on from, or (with all labels, from a fresh adapter) the last one."""
+    base = home / "base"
+    common = ("--model", base, "--epochs", 2, "--lr", "5e-3", "--batch-size", 2)
+
+    def dry(data, adapter):
+        script("--data", data, "--model", base, *(["--init-adapter", adapter] if adapter else []), "--dry-run", "--out",
+               tmp_path / "none", "--label-nll", tmp_path / "nll.jsonl")  # fmt: skip
+        assert not (tmp_path / "none").exists()
+        return {key: line["before"] for key, line in nll_lines(tmp_path / "nll.jsonl").items()}
+
+    def collected_by(directory, adapter, name):
+        records = [trajectory(f"{name}-{n}", seed=n) for n in range(5)]
+        who = {"model": f"hf:{base}", "adapter": adapter and str(adapter), "extra": {},
+               "adapter_hash": adapter and hash_adapter(adapter)}  # fmt: skip
+        for record in records:
+            record["student"] = who
+        write(directory, records, [label(r, turn) for r in records for turn in range(3)])
+        return directory
+
+    first = collected_by(tmp_path / "iter_001", None, "a")
+    script("--data", first, *common, "--out", tmp_path / "one")
+    lines = nll_lines(tmp_path / "one/label_nll.jsonl")
+    assert len(lines) == 15
+    for name, adapter in (("before", None), ("after", tmp_path / "one")):
+        expected = dry(first, adapter)
+        assert {key: line[name] for key, line in lines.items()} == pytest.approx(expected, rel=1e-4)
+    assert sum(line["after"] for line in lines.values()) < 0.9 * sum(line["before"] for line in lines.values())
+    for record in map(json.loads, (first / "trajectories.jsonl").read_text().splitlines()):
+        actors = [m["actor"] for m in record["messages"] if m["role"] == "assistant"]
+        for turn in range(3):
+            assert lines[record["trajectory_id"], turn]["student_turns"] == actors[:turn].count("student")
+    # by hand: the mean over tokens of what the definition gives
+    (samples, *_), _ = tokenised([str(first)], models.load_tokenizer(str(base))[0])
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    for turn, one in enumerate(samples):
+        assert lines["a-0.i1.a0", turn]["before"] == pytest.approx(reference_loss(plain, [one]) / one.n_label, rel=1e-4)
+        assert lines["a-0.i1.a0", turn]["tokens"] == one.n_label
+
+    second = collected_by(tmp_path / "iter_002", tmp_path / "one", "b")
+    expected = dry(second, tmp_path / "one")
+    script("--data", second, *common, "--init-adapter", tmp_path / "one", "--out", tmp_path / "current", "--measure", 2)
+    script("--data", first, second, *common, "--out", tmp_path / "union")
+    unmeasured = script("--data", first, second, *common, "--measure", 0, "--out", tmp_path / "unmeasured")
+    assert summary(unmeasured)["loss"] == summary(script("--data", first, second, *common, "--out", tmp_path / "union"))["loss"]
+    assert not (tmp_path / "unmeasured/label_nll.jsonl").exists()
+    for name, number in (("current", 6), ("union", 15)):
+        lines = nll_lines(tmp_path / name / "label_nll.jsonl")
+        assert len(lines) == number and lines.keys() <= expected.keys()
+        assert {key: line["before"] for key, line in lines.items()} == pytest.approx(
+            {key: expected[key] for key in lines}, rel=1e-4)  # fmt: skip
+    one = (tmp_path / "unmeasured/adapter_model.safetensors").read_bytes()
+    assert one == (tmp_path / "union/adapter_model.safetensors").read_bytes()  # measuring leaves no trace
+
+    (tmp_path / "one").rename(tmp_path / "gone")
+    lost = script("--data", first, second, *common, "--out", tmp_path / "lost")
+    assert "the student that collected cannot be loaded" in lost[1]
+    assert {line["before"] for line in nll_lines(tmp_path / "lost/label_nll.jsonl").values()} == {None}
+
+
+def test_only_what_resolved_its_task_is_trained_on(tmp_path, home):
+    records = [trajectory(f"t-{n}", seed=n) for n in range(4)]
+    data = tmp_path / "iter"
+    write(data, records, [label(r, turn) for r in records for turn in range(3)])
+    common = ("--data", data, "--model", home / "base", "--keep", "resolved", "--dry-run", "--out", tmp_path / "out")
+    with pytest.raises(InputError, match="grades/results.jsonl"):
+        script(*common)
+    (data / "grades").mkdir()
+
+    def grade(resolved):
+        lines = [{"schema": 1, "instance_id": r["instance_id"], "trajectory_id": r["trajectory_id"], "resolved": n in resolved,
+                  "tests_status": {}, "exit_status": None, "failure_mode": None, "turns": 3, "tokens": None, "seconds": 1,
+                  "tampered": False} for n, r in enumerate(records)]  # fmt: skip
+        (data / "grades/results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    grade({1, 3})
+    assert summary(script(*common))["labels"] == "6"
+    grade({})
+    with pytest.raises(InputError, match="no trajectory of .* resolved its task"):
+        script(*common)
+
+
+def test_bad_measuring(tmp_path, home):
+    assert "--label-nll goes with --dry-run" in bad(tmp_path, home, "--label-nll", tmp_path / "x")
+    assert "--measure -1" in bad(tmp_path, home, "--measure", -1)
+    assert "--steps-per-epoch 9: there are only 1" in bad(tmp_path, home, "--steps-per-epoch", 9)

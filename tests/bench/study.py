@@ -1,0 +1,262 @@
+"""The study's results, one line of study.jsonl per (arm, seed), and its tables. tests/bench/study.sh makes the runs.
+
+    python tests/bench/study.py tables
+
+What was decided before the first result was there, and is what `tables` prints:
+
+* The outcome is the share of the 300 tasks of toy:study that the chosen checkpoint resolves, greedy, alone.
+* The first question: dagger - sft, at the same number of labels and optimiser steps, over seeds 0 to 4. Its answer is the
+  mean difference with two 95 % intervals, the hierarchical bootstrap over seeds and tasks and the t-interval over the
+  per-seed differences; the wider one counts. "DAgger is ahead" is said only if that one is clear of zero. The aim was 10
+  points.
+* Second questions, each with the same two intervals and without a claim of their own (they are many): every other arm
+  against sft (seeds 0 to 2), dagger against sft-tasks (the match by tasks, seeds 0 to 4), and dagger - sft by kind of task
+  (direct, follow, traced, double; families in train and not in train).
+* Mechanism: how the unresolved tasks ended and what is wrong with their patches (failure modes); of the tasks whose first test run after the first edit failed
+  ("erred"), how many were resolved after all ("recovered"), for tasks with one bug and with two apart (there, a failing
+  test after the first edit is no error); and -log p per token of the expert's actions at the states that the student
+  brings about itself and at those of the expert, on toy:dev:40, after each iteration. Their difference is the shift.
+* Expected, from a first measurement on other tasks: dagger ahead where the way back is missing from the demonstrations
+  and easier than the first try (tasks with one bug), behind or equal where demonstrations hold it (two bugs: `double`).
+* No seed, arm or task is left out. A run is repeated only if the machine failed, from where it stopped.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+RESULTS = Path(__file__).with_name("study.jsonl")
+TASKS = 300
+
+from common import grading, jsonl, mixing, table, toy_tasks  # noqa: E402
+from common.failures import FAILURE_MODES, failure_mode  # noqa: E402
+from common.intervals import combine_seeds  # noqa: E402
+
+
+def read() -> list[dict]:
+    """The finished (arm, seed) lines."""
+    return list(jsonl.read(RESULTS)) if RESULTS.exists() else []
+
+
+def place(instance_id: str) -> int:
+    """toy-study-0007 -> 6."""
+    return int(instance_id.rpartition("-")[2]) - 1
+
+
+def match_tasks(runs: Path, seed: int) -> str:
+    """MAX_LABELS of sft-tasks: in each iteration the labels of as many trajectories as dagger had labels from.
+
+    02_relabel.py takes trajectories in an order drawn from the seed. Those of sft are the ones that sft-tasks collects
+    too, since the expert does the same on the same tasks.
+    """
+    numbers = []
+    for iteration in (1, 2, 3):
+        home = f"iter_{iteration:03d}"
+        labels = jsonl.read(runs / f"dagger-{seed}" / home / "labels.jsonl")
+        wanted = len({label["trajectory_id"] for label in labels})
+        turns = {record["trajectory_id"]: sum(m["role"] == "assistant" for m in record["messages"])
+                 for record in jsonl.read(runs / f"sft-{seed}" / home / "trajectories.jsonl")}  # fmt: skip
+        order = sorted(turns, key=lambda name: mixing.derive("max-labels", seed, name))
+        numbers.append(min(400, sum(turns[name] for name in order[:wanted])))
+    return ",".join(map(str, numbers))
+
+
+def erred(messages: list[dict]) -> bool:
+    """Did the first test run after the first edit fail?"""
+    edited = False
+    for said, seen in zip(messages[2::2], messages[3::2]):
+        command = said["command"] or ""
+        if edited and command.startswith(("pytest", "python -m pytest")):
+            return seen["exit_code"] != 0
+        edited = edited or command.startswith("sed -i")
+    return False
+
+
+def patch_mode(test: Path, row: dict, patch: str) -> str | None:
+    """What is wrong with the patch, however the episode ended (most of those that fail end at the turn limit)."""
+    end, log = grading.read_log(test / "logs" / f"{row['instance_id']}.txt", row, "local", patch)
+    return failure_mode(row, None, patch, grading.regrade(row, end, log))
+
+
+def mean_nll(home: Path) -> dict:
+    """-log p per token of the labels in `home`, and their number."""
+    lines = list(jsonl.read(home / "label_nll.jsonl"))
+    tokens = sum(line["tokens"] for line in lines)
+    return {"labels": len(lines), "nll": round(sum(line["before"] * line["tokens"] for line in lines) / tokens, 5)}
+
+
+def line(run: Path, arm: str, seed: int) -> dict:
+    """Everything that `tables` needs of one finished run."""
+    stages = table.read_run(run, 3)
+    chosen = table.best_iteration(stages)
+    test = run / f"test/iter_{chosen:03d}"
+    results = {place(result["instance_id"]): result for result in jsonl.read(test / "results.jsonl")}
+    if sorted(results) != list(range(TASKS)):
+        raise SystemExit(f"{test}: {len(results)} of {TASKS} tasks have a result")
+    rollouts = {place(record["instance_id"]): record for record in jsonl.read(test / "trajectories.jsonl")}
+    failures: dict[str, list[int]] = {}
+    patches: dict[str, list[int]] = {}
+    for number, row in enumerate(toy_tasks.load("study")):
+        if results[number]["failure_mode"]:
+            failures.setdefault(results[number]["failure_mode"], []).append(number)
+            patches.setdefault(patch_mode(test, row, rollouts[number]["patch"]), []).append(number)
+    iterations = []
+    for i in (1, 2, 3):
+        home, found = run / f"iter_{i:03d}", stages[i]
+        labels = list(jsonl.read(home / "labels.jsonl"))
+        log = [step for step in jsonl.read(home / "adapter/training_log.jsonl") if step["epoch"] == 1]
+        agrees = [label["agrees"] for label in labels if label["agrees"] is not None]
+        iterations.append({
+            "labels": found["train"]["summary"]["labels"],
+            "label_tokens": sum(step["label_tokens"] for step in log),
+            "steps": found["train"]["summary"]["steps"],
+            "tasks": len({label["trajectory_id"] for label in labels}),
+            "teacher_turns": round(found["collect"]["summary"]["teacher_turn_share"], 3),
+            "agree": round(sum(agrees) / len(agrees), 3) if agrees else None,
+            "loss": round(found["train"]["summary"]["loss"], 5),
+            "dev": found["eval"]["summary"]["resolved"],
+            "at_states_of_student": mean_nll(home / "at_states_of_student"),
+            "at_states_of_teacher": mean_nll(home / "at_states_of_teacher"),
+        })  # fmt: skip
+    manifests = [json.loads(path.read_text()) for path in run.rglob("*manifest.json")]
+    return {
+        "arm": arm,
+        "seed": seed,
+        "chosen": chosen,
+        "resolved": "".join(str(int(results[number]["resolved"])) for number in range(TASKS)),
+        "failures": failures,
+        "patches": patches,
+        "erred": [number for number in range(TASKS) if erred(rollouts[number]["messages"])],
+        "turns": sum(result["turns"] for result in results.values()),
+        "iterations": iterations,
+        "minutes": round(sum(manifest.get("seconds", 0) for manifest in manifests) / 60),
+        "commit": stages[chosen]["train"]["commit"],
+    }
+
+
+# ---------------------------------------------------------------- the tables
+
+
+ARMS = ("sft", "dagger", "dagger-paper", "aggrevate", "rft", "sft-tasks")
+ONE_BUG = ("direct", "follow", "traced")
+
+
+def groups() -> dict[str, list[int]]:
+    """Sets of study tasks that are compared apart."""
+    rows = toy_tasks.load("study")
+    found = {kind: [i for i, row in enumerate(rows) if row["kind"] == kind] for kind in toy_tasks.KINDS}
+    for name, unseen in (("families in train", False), ("families not in train", True)):
+        found[name] = [i for i, row in enumerate(rows) if row["unseen_family"] == unseen]
+    return found
+
+
+def outcomes(found: dict, tasks: list[int]) -> dict[str, bool]:
+    return {str(number): found["resolved"][number] == "1" for number in tasks}
+
+
+def compare(lines: dict, a: str, b: str, tasks: list[int]) -> list[str] | None:
+    """Cells: seeds, rates of both arms, their difference b - a with both intervals; None without a common seed."""
+    seeds = [seed for arm, seed in sorted(lines) if arm == a and (b, seed) in lines]
+    if not seeds:
+        return None
+    pairs = [(outcomes(lines[a, seed], tasks), outcomes(lines[b, seed], tasks)) for seed in seeds]
+    whole = combine_seeds(pairs)
+    means = [sum(sum(pair[side].values()) for pair in pairs) / len(seeds) / len(tasks) for side in (0, 1)]
+    t = "-" if whole["t_low"] is None else f"{100 * whole['t_low']:+.1f} to {100 * whole['t_high']:+.1f}"
+    each = " ".join(f"{100 * difference:+.1f}" for difference in whole["differences"])
+    return [str(len(seeds)), f"{means[0]:.1%}", f"{means[1]:.1%}", f"{100 * whole['difference']:+.1f}",
+            f"{100 * whole['low']:+.1f} to {100 * whole['high']:+.1f}", t, each]  # fmt: skip
+
+
+def print_table(title: str, heads: list[str], rows: list[list[str]]) -> None:
+    """As Markdown."""
+    print(f"\n{title}\n\n| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+
+
+def mean(numbers) -> float:
+    numbers = list(numbers)
+    return sum(numbers) / len(numbers)
+
+
+def tables() -> None:
+    lines = {(found["arm"], found["seed"]): found for found in read()}
+    if not lines:
+        raise SystemExit(f"{RESULTS}: no results yet; tests/bench/study.sh makes them")
+    by_arm = {arm: [lines[key] for key in sorted(lines) if key[0] == arm] for arm in ARMS}
+    by_arm = {arm: found for arm, found in by_arm.items() if found}
+    every, apart = list(range(TASKS)), groups()
+    one_bug = set().union(*(apart[kind] for kind in ONE_BUG))
+
+    rows = []
+    for arm, found in by_arm.items():
+        rates = [one["resolved"].count("1") / TASKS for one in found]
+        seen, unseen = (mean(mean(one["resolved"][i] == "1" for i in apart[f"families {name} train"]) for one in found)
+                        for name in ("in", "not in"))  # fmt: skip
+        total = {name: mean(sum(part[name] for part in one["iterations"]) for one in found)
+                 for name in ("labels", "label_tokens", "steps", "tasks")}  # fmt: skip
+        rows.append([arm, str(len(found)), f"{mean(rates):.1%}", " ".join(f"{rate:.0%}" for rate in rates), f"{seen:.1%}",
+                     f"{unseen:.1%}", *(f"{number:,.0f}" for number in total.values()),
+                     " ".join(str(one["chosen"]) for one in found)])  # fmt: skip
+    print_table(f"toy:study, {TASKS} tasks, resolved by the checkpoint that was best on toy:dev:40",
+                ["arm", "seeds", "resolved", "each", "families in train", "not in train", "labels", "label tokens", "steps",
+                 "tasks", "chosen iteration"], rows)  # fmt: skip
+
+    pairs = [("sft", "dagger"), *(("sft", arm) for arm in ("dagger-paper", "aggrevate", "rft")), ("sft-tasks", "dagger")]
+    heads = ["seeds", "rate of the first", "of the second", "points", "95 %, bootstrap", "95 %, t", "each seed"]
+    found = [(f"{b} - {a}", compare(lines, a, b, every)) for a, b in pairs]
+    print_table("Differences on the same tasks", ["", *heads], [[name, *cells] for name, cells in found if cells])
+    found = [(f"{name} ({len(tasks)})", compare(lines, "sft", "dagger", tasks)) for name, tasks in apart.items()]
+    print_table("dagger - sft by kind of task", ["tasks", *heads], [[name, *cells] for name, cells in found if cells])
+
+    for name, title in (("failures", "How unresolved tasks ended"), ("patches", "What is wrong with their patches")):
+        modes = [mode for mode in FAILURE_MODES if any(mode in found[name] for found in lines.values())]
+        print_table(f"{title} (mean number of tasks per run)", ["arm", *modes],
+                    [[arm, *(f"{mean(len(one[name].get(mode, [])) for one in found):.1f}" for mode in modes)]
+                     for arm, found in by_arm.items()])  # fmt: skip
+    rows = []
+    for arm, found in by_arm.items():
+        cells = [arm]
+        for inside in (True, False):
+            wrong = [[i for i in one["erred"] if (i in one_bug) == inside] for one in found]
+            back = [sum(one["resolved"][i] == "1" for i in of) for one, of in zip(found, wrong)]
+            cells += [f"{mean(map(len, wrong)):.1f}", f"{mean(back):.1f}", f"{sum(back) / max(1, sum(map(len, wrong))):.0%}"]
+        rows.append(cells)
+    print_table("First test run after the first edit failed, and resolved after all (mean number of tasks per run)",
+                ["arm", "one bug: erred", "recovered", "share", "two bugs: failed", "recovered", "share"], rows)  # fmt: skip
+    rows = []
+    for arm, found in by_arm.items():
+        for i in range(3):
+            student, teacher = (mean(one["iterations"][i][f"at_states_of_{who}"]["nll"] for one in found)
+                                for who in ("student", "teacher"))  # fmt: skip
+            share = mean(one["iterations"][i]["teacher_turns"] for one in found)
+            dev = mean(one["iterations"][i]["dev"] for one in found)
+            rows.append([arm, str(i + 1), f"{share:.2f}", f"{student:.3f}", f"{teacher:.3f}", f"{student - teacher:.3f}",
+                         f"{dev:.1f}/40"])  # fmt: skip
+    print_table("-log p per token of the expert's actions on toy:dev:40, at the states of the student's own episodes and of "
+                "the expert's", ["arm", "iteration", "teacher turns", "student's states", "expert's states", "shift",
+                                 "resolved"], rows)  # fmt: skip
+
+
+def main() -> None:
+    command, *rest = sys.argv[1:]
+    if command == "has":
+        sys.exit(0 if any((found["arm"], found["seed"]) == (rest[0], int(rest[1])) for found in read()) else 1)
+    elif command == "match-tasks":
+        print(match_tasks(Path(rest[0]), int(rest[1])))
+    elif command == "line":
+        made = json.dumps(line(Path(rest[0]), rest[1], int(rest[2])))
+        with open(RESULTS, "a", encoding="utf-8") as stream:
+            stream.write(made + "\n")
+        print(made[:200])
+    elif command == "tables":
+        tables()
+    else:
+        raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    main()

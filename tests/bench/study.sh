@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Does DAgger beat imitation? The study of the README, on the embedded tasks with the embedded student.
+#
+#   tests/bench/study.sh                  runs what study.jsonl has no line for, then prints the tables (a night or two)
+#   SEEDS="0 1" ARMS="dagger sft" tests/bench/study.sh
+#   JOBS=2 tests/bench/study.sh           so many seeds at once, with one thread each
+#
+# Every arm: 3 iterations on fresh tasks of toy:train, exactly 400 teacher labels and 3 x 44 optimiser steps in each, going
+# on from the last adapter; three checkpoints are scored on toy:dev:40, the best one (the earliest of equals) on toy:study,
+# which nothing else reads. Arms differ in who acts while tasks are collected, and in nothing else:
+#
+#   sft           the teacher alone, always (beta 1): behaviour cloning on fresh demonstrations
+#   dagger        beta 1, 0.5, 0 (linear:2)
+#   dagger-paper  beta 1, 0.8, 0.6 (the paper's schedule)
+#   aggrevate     the student acts in the first kappa turns, kappa up to 0, 3, 6, then the teacher (prefix 0:3)
+#   rft           the teacher alone, who errs at 3 of 10 turns; only trajectories that resolve their task (rejection sampling)
+#   sft-tasks     as sft, but on as many tasks as dagger had labels from, so with fewer labels: the match by tasks
+#
+# The first iteration of sft, dagger, dagger-paper and sft-tasks is the same by definition, and is run once per seed.
+# tests/bench/study.py says which comparisons were chosen before any result was seen, and prints them.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+. common/setup.sh
+
+SEEDS=${SEEDS:-}                          # default: 0 to 4 for the main pair and its match by tasks, 0 to 2 for the others
+ARMS=${ARMS:-dagger sft sft-tasks dagger-paper aggrevate rft}
+JOBS=${JOBS:-1}
+export HOME_OF_RUNS=${HOME_OF_RUNS:-runs/study}
+export PYTHON
+[ "$JOBS" = 1 ] || export OMP_NUM_THREADS=1
+
+loop() { # RUN SEED, knobs as NAME=VALUE...
+    env RUN="$PWD/$HOME_OF_RUNS/$1" SEED="$2" ITERATIONS=3 SAMPLE=78 MAX_LABELS=400 AGGREGATE=current WORKERS=40 \
+        EVAL_TASKS=toy:dev:40 TEST_TASKS=toy:study TRAIN_FLAGS="--epochs 3 --steps-per-epoch 44" "${@:3}" \
+        ./run_loop.sh >/dev/null
+}
+
+begin() { # RUN SEED PART...: what runs of a seed have in common
+    local common=$HOME_OF_RUNS/first-$2 part
+    [ -e "$common/done" ] || { loop "first-$2" "$2" SCHEDULE=constant:1 ITERATIONS=1 TEST_TASKS=; touch "$common/done"; }
+    mkdir -p "$HOME_OF_RUNS/$1"
+    for part in "${@:3}"; do
+        [ -e "$HOME_OF_RUNS/$1/$part" ] || {
+            rm -rf "$HOME_OF_RUNS/$1/half"
+            cp -a "$common/$part" "$HOME_OF_RUNS/$1/half"
+            mv "$HOME_OF_RUNS/$1/half" "$HOME_OF_RUNS/$1/$part"
+        }
+    done
+}
+
+one() { # ARM SEED; no && and || here: they would switch off set -e
+    local run=$1-$2 knobs
+    if "$PYTHON" tests/bench/study.py has "$1" "$2"; then return; fi
+    echo "== $run" >&2
+    case $1 in
+        sft) knobs=(SCHEDULE=constant:1) ;;
+        dagger) knobs=(SCHEDULE=linear:2) ;;
+        dagger-paper) knobs=(SCHEDULE=paper) ;;
+        aggrevate) knobs=(MIX=prefix PREFIX_TURNS=0:3) ;;
+        rft) knobs=(MIX=teacher TEACHER=oracle,noise=0.3 KEEP=resolved SAMPLE=112) ;;
+        sft-tasks) knobs=(SCHEDULE=constant:1 MAX_LABELS="$("$PYTHON" tests/bench/study.py match-tasks "$HOME_OF_RUNS" "$2")") ;;
+        *) echo "no arm $1" >&2; return 2 ;;
+    esac
+    case $1 in
+        rft) begin "$run" "$2" iter_000 ;;
+        aggrevate) begin "$run" "$2" iter_000 teacher ;;
+        *) begin "$run" "$2" iter_000 teacher iter_001 ;;
+    esac
+    loop "$run" "$2" "${knobs[@]}"
+    for i in 1 2 3; do shift_of "$HOME_OF_RUNS/$run" "$i"; done
+    "$PYTHON" tests/bench/study.py line "$HOME_OF_RUNS/$run" "$1" "$2"
+}
+
+shift_of() { # RUN ITERATION: -log p of the expert's actions at the states that the student and the expert meet on toy:dev:40
+    local who from to
+    for who in student teacher; do
+        to=$1/iter_00$2/at_states_of_$who
+        from=$1/iter_00$2/eval
+        if [ $who = teacher ]; then from=$HOME_OF_RUNS/first-${1##*-}/teacher/eval; fi
+        if [ -e "$to/label_nll.jsonl" ]; then continue; fi
+        mkdir -p "$to"
+        cp "$from/trajectories.jsonl" "$to/trajectories.jsonl"
+        "$PYTHON" 02_relabel.py --trajectories "$to/trajectories.jsonl" --teacher oracle --out "$to/labels.jsonl" >/dev/null
+        "$PYTHON" 03_train.py --data "$to" --init-adapter "$1/iter_00$2/adapter" --dry-run --out "$to/none" \
+            --label-nll "$to/label_nll.jsonl" >/dev/null
+    done
+}
+
+seed() { # SEED ARM...
+    for arm in "${@:2}"; do one "$arm" "$1"; done
+}
+export -f loop begin one shift_of seed
+
+main=" dagger sft sft-tasks "
+first=() others=()
+for arm in $ARMS; do if [[ $main == *" $arm "* ]]; then first+=("$arm"); else others+=("$arm"); fi; done
+[ ${#first[@]} = 0 ] || printf '%s\n' ${SEEDS:-0 1 2 3 4} | xargs -P "$JOBS" -I {} bash -euc "seed {} ${first[*]}"
+[ ${#others[@]} = 0 ] || printf '%s\n' ${SEEDS:-0 1 2} | xargs -P "$JOBS" -I {} bash -euc "seed {} ${others[*]}"
+"$PYTHON" tests/bench/study.py tables
