@@ -273,6 +273,8 @@ function resolvedCharts() {
   return [all, make("h3", "Each arm, its seeds thin"), each, paragraph(caption, "small")];
 }
 
+const BESIDE = 0.24; // so far apart (in iterations) stand the points of one, or their intervals would cover each other
+
 function resolvedOptions(arms, seeds, small) {
   const numbers = numbersOf(), last = numbers[numbers.length - 1];
   const mine = data.runs.filter((run) => arms.includes(run.arm)),
@@ -286,7 +288,7 @@ function resolvedOptions(arms, seeds, small) {
   const ceiling = known(reference) ? Math.max(top, reference) : top;
   return {
     name: "Resolved tasks by iteration; the table below has the same numbers",
-    x: { from: numbers[0], to: tested ? last + 1 : last,
+    x: { from: numbers[0] - BESIDE / 2, to: (tested ? last + 1 : last) + BESIDE / 2,
       ticks: [...numbers.map((number) => [number, gone(number) ? `${number} missing` : String(number)]),
       ...(tested ? [[last + 1, "test"]] : [])], title: small ? "" : "iteration" },
     y: { ticks: ticks(ceiling).filter((value) => value <= 1.001), text: (value) => percent(value), title: "resolved" },
@@ -300,8 +302,7 @@ function resolvedOptions(arms, seeds, small) {
 function armSeries(arm, seeds, small, testAt) {
   const runs = data.runs.filter((run) => run.arm === arm && scored(run).length), lone = runs.length === 1;
   const colour = colourOf(arm), series = [];
-  // side by side, so that intervals do not cover each other
-  const beside = (place, count) => ((place + 0.5) / count - 0.5) * 0.24;
+  const beside = (place, count) => ((place + 0.5) / count - 0.5) * BESIDE;
   const spread = (place) => (!seeds ? 0 : lone && !small ? beside(arm, data.arms.length) : beside(place, runs.length));
   if (seeds || lone)
     runs.forEach((run, place) => series.push({ colour, shape: arm, style: lone ? "bold" : "thin",
@@ -602,9 +603,11 @@ function barCell({ score, iteration, what }, mode, index) {
 function definitions() {
   const found = new Set(data.runs.flatMap((run) => [...run.iterations.map((one) => one.eval),
     ...run.tests.map((one) => one.score)]).filter(Boolean).flatMap((score) => Object.keys(score.failure_modes || {})));
-  const used = data.modes.filter(([name]) => found.has(name));
-  return used.length ? [make("h3", "What they mean"), make("dl.definitions",
-    used.flatMap(([name, text]) => [make("dt", name.replaceAll("_", " ")), make("dd", text)]))] : null;
+  const names = new Map(); // definition -> the names that share it
+  for (const [name, text] of data.modes.filter(([mode]) => found.has(mode)))
+    names.set(text, [...(names.get(text) || []), name.replaceAll("_", " ")]);
+  return names.size ? [make("h3", "What they mean"), make("dl.definitions",
+    [...names].flatMap(([text, list]) => [make("dt", list.join(", ")), make("dd", text)]))] : null;
 }
 
 // ---- cost
