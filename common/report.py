@@ -531,8 +531,10 @@ def lead(arms: list[str], runs: list[dict]) -> str:
 
 
 def report(homes: list[Path], out: Path) -> dict:
-    """Write the page of these runs to `out`. Returns its summary."""
-    runs = [metrics.read(home) for home in homes]
+    """Write the page of these runs to `out`, and where that is a run's own place the summaries of its iterations with it.
+    Returns the summary of the page."""
+    own = out.parent.resolve() == homes[0].resolve() and len(homes) == 1
+    runs = [metrics.write_summaries(home) if own else metrics.read(home) for home in homes]
     if len(runs) > 1:
         metrics.check_comparable(runs)
     data = describe_runs(runs)
