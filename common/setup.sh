@@ -14,6 +14,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=.venv/bin/python
 want=$(cat requirements.txt common/setup.sh common/embedded.py | cksum)
 
+# The programs in a virtual environment hold its path: in a directory that was moved or copied, pytest would not start,
+# and every task that a sandbox tests would count as failed.
+if [ -x .venv/bin/pip ] && ! head -n 3 .venv/bin/pip | grep -qF "$(pwd -P)/.venv/"; then
+    echo "this directory was moved since .venv was made: making it anew" >&2
+    rm -rf .venv
+fi
+
 if [ "$(cat .venv/installed 2>/dev/null)" != "$want" ]; then
     [ -x "$PYTHON" ] || "${PYTHON_FOR_VENV:-python3}" -m venv .venv
     "$PYTHON" -c 'import sys; sys.exit("Python 3.11 or newer is needed: PYTHON_FOR_VENV=python3.11" if sys.version_info < (3, 11) else 0)'
