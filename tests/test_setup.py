@@ -26,7 +26,7 @@ def set_up(home):
 
 
 def test_it_installs_once_and_anew_where_the_directory_was_moved(tmp_path):
-    """A copied .venv once ran a night of measurements in which no sandbox found pytest: the expert itself resolved 65 %."""
+    """An hour of measurements once ran with a copied .venv: no sandbox found pytest, and the expert itself resolved 65 %."""
     (tmp_path / "python").write_text(INTERPRETER)
     (tmp_path / "python").chmod(0o755)
     home = tmp_path / "here"
