@@ -102,9 +102,9 @@ def made(student) -> str:
         "tasks": _each(_tasks(manifest["settings"]) for manifest in collected),
         "system prompt": _each(", ".join(manifest["same"]["prompts"]) for manifest in collected),
         "labels": f"{labels:,} of {_iterations(_collected(student))}"
-        + ("; those of resolved trajectories alone" if settings.get("keep") == "resolved" else ""),
+        + _selection(student),
         "loss": "cross-entropy on the tokens of each label and the token that ends the turn",
-        "training": f"AdamW, {steps:,} steps, trajectories in a step: {settings['batch_size']}, epochs: "
+        "training": f"AdamW, {steps:,} steps, {_step(settings)}, epochs: "
         f"{settings['epochs']}, peak learning rate {settings['lr']:g}",
         "adapter": f"LoRA, rank {config['r']}, alpha {config['lora_alpha']}, on "
         + ", ".join(sorted(config["target_modules"])),
@@ -129,6 +129,25 @@ def _method(manifest: dict) -> str:
         words += f" (beta by iteration: {'constant' if constant else settings['schedule'] or 'paper'}"
         words += f" {settings['beta']:g})" if constant else ")"
     return words + (f" (--prefix-turns {settings['prefix_turns']})" if settings["mix"] == "prefix" else "")
+
+
+def _selection(student) -> str:
+    """Which of the visited states were labelled and trained on, where not all were."""
+    chosen = [of["relabel"]["settings"] for number in _collected(student) if "relabel" in (of := student.stages.get(number, {}))]
+    words = []
+    if any(settings.get("keep") == "resolved" for settings in [student.settings, *chosen]):
+        words.append("those of resolved trajectories alone")
+    if states := {settings["label_states"] for settings in chosen if settings.get("label_states", "all") != "all"}:
+        words.append(f"--label-states {_each(sorted(states))}")
+    if any(settings.get("max_labels") for settings in chosen):
+        words.append(f"at most {_each(str(settings.get('max_labels')) for settings in chosen)} in an iteration")
+    return "".join(f"; {word}" for word in words)
+
+
+def _step(settings: dict) -> str:
+    if settings.get("steps_per_epoch"):
+        return f"{settings['steps_per_epoch']} in each epoch"
+    return f"trajectories in a step: {settings['batch_size']}"
 
 
 def _teacher(manifest: dict) -> str | None:

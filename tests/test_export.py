@@ -239,6 +239,19 @@ def test_labels_that_were_left_out_stay_out(tmp_path):
     assert [(line["trajectory_id"], line["turn"]) for line in lines] == [("toy-1.i1.a0", 0), ("toy-1.i1.a0", 1)]
 
 
+def test_the_card_says_which_labels_were_chosen_and_how_many_steps(tmp_path):
+    home = make_run(tmp_path / "run", tiny.model_dir(tmp_path), settings={"steps_per_epoch": 44})
+    plain = (give(home, "peft", tmp_path / "plain") / "README.md").read_text()
+    assert "44 in each epoch" in plain and "| labels | 10 of iterations 1, 2 |" in plain
+    for number, most in ((1, 40), (2, 30)):
+        path = home / f"iter_00{number}/labels.jsonl.manifest.json"
+        content = json.loads(path.read_text())
+        content["settings"] |= {"keep": "resolved", "label_states": "uncertain:0.5", "max_labels": most}
+        path.write_text(json.dumps(content))
+    card = (give(home, "peft", tmp_path / "chosen") / "README.md").read_text()
+    assert "; those of resolved trajectories alone; --label-states uncertain:0.5; at most 40; 30 in an iteration |" in card
+
+
 def test_text_that_looks_like_a_special_token_stays_text(tmp_path):
     assert "<s>" in chat.special_tokens(tiny.tokenizer("tools"))
     home = make_run(tmp_path / "run", tiny.model_dir(tmp_path, template="tools"), rates=(0.5,))
