@@ -110,7 +110,7 @@ def work(args: Args) -> None:
     if args.mix == "prefix":
         longest = mixing.longest_prefix(args.prefix_turns, args.iteration)
         turns = f"with a prefix of up to {longest} turns"
-        acts = {"teacher": longest < args.max_turns, "student": longest > 0}
+        acts = {"teacher": True, "student": longest > 0}
     else:
         turns, acts = f"with beta = {beta:g}", {"teacher": beta > 0, "student": beta < 1}
     for who in acts:

@@ -3,8 +3,8 @@
 Where the teacher acted, its executed turn already is a sample of pi_e(.|s_t) and is the label. Where the student acted,
 the teacher is asked at exactly that state: the conversation before the turn. No label ever comes from the student.
 
-Which states get a label is the budget of the teacher. --label-states student leaves out those where the teacher acted;
-uncertain:P keeps those (they cost nothing) and, of the student's turns, the share P with the lowest mean log-probability per
+Which states get a label is the budget of the teacher. --label-states student leaves out those where the teacher acted
+(unless it alone acted in all of them, as in iteration 1); uncertain:P keeps those (they cost nothing) and, of the student's turns, the share P with the lowest mean log-probability per
 token that the student itself gave them when it acted, in the spirit of SafeDAgger and ThriftyDAgger, but looking back on a
 finished collection. `hf:` records it, servers are asked for it; a turn without one counts as the least certain, and
 where no turn has one, uncertain:P is refused. --keep resolved takes trajectories that resolved their task alone.
@@ -83,7 +83,7 @@ def choose_states(args: Args, trajectories: dict[str, dict]) -> list[tuple[str, 
     if args.label_states == "all":
         chosen = {(name, m["turn"]) for name in turns for m in turns[name]}
     elif args.label_states == "student":
-        chosen = {(name, m["turn"]) for name, m in of_student}
+        chosen = {(name, m["turn"]) for name, m in of_student or [(name, m) for name in turns for m in turns[name]]}
     elif kind == "uncertain":
         chosen = {(name, m["turn"]) for name in turns for m in turns[name] if m["actor"] == "teacher"}
         chosen |= most_uncertain(args, of_student, text)
@@ -142,7 +142,7 @@ def work(args: Args) -> None:
                  if getattr(args, name) not in ("all", None)}  # fmt: skip
     if args.keep == "resolved":
         homes = [Path(path).parent for path in args.trajectories]
-        kept = set().union(*(stage_tools.resolved(home, trajectories) for home in homes))
+        kept = set().union(*(stage_tools.resolved(path, trajectories) for path in args.trajectories))
         trajectories = {name: record for name, record in trajectories.items() if name in kept}
         selection["grades"] = [run.hash_file(home / "grades/results.jsonl") for home in homes]
         if not trajectories:

@@ -27,6 +27,7 @@ for one GPU.
 import contextlib
 import dataclasses
 import json
+import math
 import random
 import sys
 import time
@@ -321,7 +322,8 @@ def prepare_data(args: Args, processes) -> tuple[list, int]:
 
     labels, kwargs = read_labels(args.data)
     if args.keep == "resolved":
-        kept = [stage_tools.resolved(directory, of) for directory, of in zip(args.data, labels)]
+        kept = [stage_tools.resolved(Path(directory) / "trajectories.jsonl", of) if of else set()
+                for directory, of in zip(args.data, labels)]
         labels = [{name: of[name] for name in of if name in ids} for of, ids in zip(labels, kept)]
         if not any(labels):
             raise InputError(f"no trajectory of {' '.join(args.data)} resolved its task: nothing to train on")
@@ -421,6 +423,9 @@ def train(args: Args, data: list, model, out: Path | None, processes) -> dict:
         nll, rows = processes.total([nll, sum(batch.n_rows for batch in mine)])
         processes.add_gradients(parameters)
         label_tokens = sum(sample.n_label for sample in samples)
+        if not math.isfinite(nll):
+            raise StageError(f"the loss of step {number + 1} is {nll}: training diverged; lower --lr (it is {args.lr:g}) or "
+                             "raise --warmup, and give --overwrite")
         sums = count["epochs"].setdefault(epoch, [0.0, 0])
         sums[0], sums[1], count["rows"] = sums[0] + nll, sums[1] + label_tokens, count["rows"] + int(rows)
         if out:
@@ -481,7 +486,7 @@ def measure_before(args: Args, data: list, model, processes) -> list | None:
     """-log p of the labels under the student that collected these trajectories; None where it is not to be had."""
     from common import label_loss
 
-    with label_loss.as_collected(model, data[0].student if data else None, args.init_adapter) as loaded:
+    with label_loss.as_collected(model, args.model, data[0].student if data else None, args.init_adapter) as loaded:
         found = measure(args, data, model, processes) if loaded else None
     return found and found[0]
 

@@ -11,6 +11,7 @@
 # Every stage is a script that reads and writes files below runs/$RUN. Stop it at any moment and call it again.
 set -euo pipefail
 cd "$(dirname "$0")"
+trap 'exit 130' INT                       # Ctrl-C ends the loop, whichever command it hits
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || { echo "bash 4.4 or newer is needed" >&2; exit 2; }
 
 # The knobs
@@ -50,6 +51,8 @@ DRY_RUN=${DRY_RUN:-0}                     # 1: print the commands, touch nothing
 bad() { echo "$1" >&2; exit 2; }
 [[ $AGGREGATE =~ ^(current|union|window:[1-9][0-9]*)$ ]] || bad "AGGREGATE is current, union or window:K, not $AGGREGATE"
 [[ $KEEP =~ ^(all|resolved)$ ]] || bad "KEEP is all or resolved, not $KEEP"
+[[ $LABEL_STATES =~ ^(all|student|uncertain:[0-9.]+)$ ]] || bad "LABEL_STATES is all, student or uncertain:P, not $LABEL_STATES"
+[[ $MAX_LABELS =~ ^([1-9][0-9]*(,[1-9][0-9]*)*)?$ ]] || bad "MAX_LABELS is N, or N1,N2,... for one iteration after the other, not $MAX_LABELS"
 [ "$INLINE" = 0 ] || [ "$KEEP$LABEL_STATES$MAX_LABELS" = allall ] ||
     bad "INLINE=1 asks for the label of every turn of the student: it does not go with KEEP, LABEL_STATES or MAX_LABELS"
 if [ "$DRY_RUN" = 1 ]; then PYTHON=.venv/bin/python; else . common/setup.sh; fi

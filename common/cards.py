@@ -42,7 +42,9 @@ def command(student, form: str, out: Path) -> str:
              "--student", policy(student, form, out), "--out", "try"]  # fmt: skip
     for name, value in shown["same"].get("limits", {}).items():
         if value != getattr(AgentFlags, name, value):
-            words += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
+            words.append(f"--{name.replace('_', '-')}")
+            if not isinstance(value, bool):
+                words.append(f"{value:g}" if isinstance(value, float) else str(value))
     if kwargs := _template_kwargs(student):
         words += ["--student-extra", json.dumps({"chat_template_kwargs": kwargs})]
     return shlex.join(words)
@@ -188,7 +190,8 @@ def scores(student, best: int | None) -> str:
     lines = []
     if evaluated := student.of("eval"):
         several = sum("eval" in of for number, of in student.stages.items() if number > 0) > 1
-        note = "" if not several else f" (iteration {best} scored more)"
+        rates = [(student.stages[number].get("eval") or evaluated)["summary"]["rate"] for number in (best, student.number)]
+        note = "" if not several else f" (iteration {best} scored {'as much' if rates[0] == rates[1] else 'more'})"
         if several and best == student.number:
             note = " (these tasks chose the iteration, which makes this a little too good)"
         lines.append(f"* {_result(evaluated, student.adapter.parent / 'eval')}{note}")
@@ -213,7 +216,8 @@ def _rate(summary: dict) -> str:
     if summary["rate"] is None:
         return "none could be run"
     low, high = summary["rate_low"], summary["rate_high"]
-    return f"{summary['resolved']}/{summary['tasks']} = {summary['rate']:.0%} ({low:.0%} to {high:.0%})"
+    tasks = summary["tasks"] - summary.get("infra_errors", 0)
+    return f"{summary['resolved']}/{tasks} = {summary['rate']:.0%} ({low:.0%} to {high:.0%})"
 
 
 def _result(manifest: dict, home: Path) -> str:

@@ -30,6 +30,7 @@ Not here: nothing is uploaded, nothing is quantised.
 """
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -128,7 +129,7 @@ def _weightless(stages: dict) -> str:
     """Where the evaluated student has its weights elsewhere, that is why there is no adapter."""
     for of in stages.values():
         student = of.get("eval", {}).get("settings", {}).get("student") or ""
-        if student.partition(":")[0] in ("openai", "oracle", "replay"):
+        if re.split("[:,]", student)[0] in ("openai", "oracle", "replay"):
             return f" (its student is {student}, whose weights are not here)"
     return ""
 
@@ -244,7 +245,10 @@ def source_of(student: Student, path: str, manifest: dict) -> tuple[Path, set[st
                          "the adapter was trained on; they are gone, or were made again since")
     if manifest["settings"].get("keep", "all") == "all":
         return directory, None
-    graded = jsonl.read(directory / "grades" / "results.jsonl", "result")
+    path = directory / "grades/results.jsonl"
+    if run.hash_file(path) not in manifest["same"].get("grades", [run.hash_file(path)]):
+        raise InputError(f"{path}: not the grades that the adapter was trained with; they were made again since")
+    graded = jsonl.read(path, "result")
     return directory, {result["trajectory_id"] for result in graded if result["resolved"]}
 
 

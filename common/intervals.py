@@ -67,6 +67,8 @@ def combine_seeds(pairs: list[tuple[Outcomes, Outcomes]], *, draws: int = 10_000
     in about 89 % with three seeds and 91 % with five. With one seed it tells of tasks alone.
     t_low, t_high: Student's t interval of the mean over the seeds' differences, for which a seed is one observation;
     None with one seed. With three seeds it is wide (t = 4.3), and rightly. Claim what both say.
+    All seeds share their tasks, so both are about other seeds on these tasks more than about other tasks: where tasks
+    differ much in what they gain, and seeds little, they are too narrow for a claim about all tasks of the kind.
 
     Returns seeds, tasks, differences (one a seed), difference, low, high, t_low, t_high. Raises InputError where the
     tasks differ, between arms or between seeds.

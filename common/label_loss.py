@@ -5,6 +5,7 @@ about, and on states with turns of the student in their history. Forward passes 
 """
 
 import contextlib
+import json
 import sys
 from array import array
 from dataclasses import dataclass
@@ -95,13 +96,15 @@ def count_tokens(data: list[Labelled]) -> int:
 
 
 @contextlib.contextmanager
-def as_collected(model: Any, student: dict | None, init_adapter: str | None):
+def as_collected(model: Any, base: str, student: dict | None, init_adapter: str | None):
     """The model with the weights of the student that collected; yields False where they are not to be had.
 
     With aggregated labels training starts from a fresh adapter, but who collected them last had a trained one. Without
     a recorded student it is the model that training starts from. What weights an openai: student had nobody knows here.
+    base: the name of the base model that is trained.
     """
-    known = student is None or student.get("model", "").startswith(("hf:", "vllm:"))
+    kind, _, name = ((student or {}).get("model") or "").partition(":")
+    known = student is None or (kind in ("hf", "vllm") and Path(name).name == Path(base).name)
     adapter = student and student.get("adapter")
     if not known:
         yield False
@@ -127,9 +130,12 @@ def _weights_of(model: Any, adapter: str, adapter_hash: str | None):
     try:
         if not Path(adapter).is_dir() or hash_adapter(adapter) != adapter_hash:
             raise InputError(f"{adapter} is not there any more, or is another one now")
+        config, mine = json.loads((Path(adapter) / "adapter_config.json").read_text()), model.peft_config["default"]
+        if (config["r"], config["lora_alpha"]) != (mine.r, mine.lora_alpha):
+            raise InputError(f"{adapter} has another rank or alpha")
         set_peft_model_state_dict(model, load_peft_weights(adapter, device="cpu"))
         loaded = True
-    except (InputError, RuntimeError, OSError, KeyError) as error:
+    except (InputError, RuntimeError, OSError, KeyError, ValueError) as error:
         print(f"warning: the loss before training is not measured, the student that collected cannot be loaded: {error}",
               file=sys.stderr)
         loaded = False

@@ -41,8 +41,11 @@ def slip(row: dict, messages: list[dict], choice: int) -> str:
     edits = [e for e in task.edits if e.others and command.endswith(e.path) and why.endswith(f" should be {e.site[1]}.")]
     if command.startswith("sed ") and edits:
         before, _, after = edits[0].site
-        wrong = edits[0].others[choice % len(edits[0].others)]
-        return _say(*_replace(scene, replace(edits[0], site=(before, wrong, after)), "HEAD"))
+        now = scene.views[edits[0].path].split("\n")[edits[0].number]
+        others = [text for text in edits[0].others if before + text + after != now]  # what stands there is no repair
+        if others:
+            wrong = others[choice % len(others)]
+            return _say(*_replace(scene, replace(edits[0], site=(before, wrong, after)), "HEAD"))
     if command == "submit":
         return _say("Run the tests once more.", "pytest")
     if scene.changed or scene.failed:

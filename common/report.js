@@ -333,8 +333,10 @@ function scorePoint(x, score, name, ring, gap) {
     text: `${name}: ${scoreWords(score)} (${RANGE(score)})` };
 }
 
-const scoreWords = (score) => (known(score.rate) ? `${score.resolved}/${score.tasks} = ${percent(score.rate)}`
-  : "not scored");
+/** Tasks that the machine failed are in no rate: they are named apart. */
+const scoreWords = (score) => (known(score.rate)
+  ? `${score.resolved}/${score.tasks - (score.infra_errors || 0)} = ${percent(score.rate)}` +
+    (score.infra_errors ? ` (${score.infra_errors} not run)` : "") : "not scored");
 
 function missingCell(text = "missing") {
   return make("td.missing", text);
@@ -348,7 +350,7 @@ function iterationTable(run) {
     ["its tokens", (one) => one.collect && percent(one.collect.teacher_token_share)],
     ["labels", (one) => one.train && whole(one.train.labels)],
     ["agree", (one) => one.labels && known(one.labels.agree) && percent(one.labels.agree)],
-    ["loss", (one) => one.train && one.train.loss.toFixed(3)],
+    ["loss", (one) => one.train && known(one.train.loss) && one.train.loss.toFixed(3)],
     ["resolved", (one) => one.eval && scoreWords(one.eval)],
     ["95 %", (one) => one.eval && known(one.eval.rate) && RANGE(one.eval)],
     ["minutes", (one) => one.cost && known(one.cost.minutes) && one.cost.minutes.toFixed(1)],

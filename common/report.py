@@ -261,7 +261,7 @@ class Collection:
             "exit_status": trajectory["exit_status"],
         }
         self.rows.append([values[field] for field in FIELDS])
-        self.texts.append(json.dumps(shown, separators=(",", ":")))
+        self.texts.append(json.dumps(run.finite(shown), separators=(",", ":")))
         if len(self.texts) == CHUNK_TRAJECTORIES or sum(map(len, self.texts)) >= CHUNK:
             self.flush()
 
@@ -291,7 +291,7 @@ class Collection:
 
 def as_json(value: object) -> str:
     """JSON that can stand in a script element of an HTML page: nothing in it ends the element or a line of a script."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(run.finite(value), ensure_ascii=False, separators=(",", ":"))
     return re.sub("[<>&\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 

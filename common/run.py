@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import os
 import resource
 import shlex
@@ -201,8 +202,9 @@ class Stage:
             if name.endswith(".adapter") and then.get(f"{name}_hash") and now.get(f"{name}_hash"):
                 continue  # where it lies says nothing (a run may be moved); its hash says which it is
             if then.get(name) != now.get(name):
+                what = " (a hash of the tasks' contents)" if name == "tasks" else ""
                 raise InputError(
-                    f"{self.out} was started with {name} = {then.get(name)!r}, now it is {now.get(name)!r}: "
+                    f"{self.out} was started with {name} = {then.get(name)!r}, now it is {now.get(name)!r}{what}: "
                     "give another --out, or --overwrite to start again"
                 )
         commit = _git("rev-parse", "HEAD")
@@ -245,6 +247,15 @@ class Stage:
 
     def _write(self) -> None:
         jsonl.write_atomically(self.manifest_path, json.dumps(self.manifest, indent=1) + "\n")
+
+
+def finite(value: object) -> object:
+    """The same value, ready for JSON, with None for numbers that JSON does not have: the loss of a run that diverged."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    return [finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def print_summary(summary: dict) -> None:

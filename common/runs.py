@@ -18,8 +18,8 @@ TOKENS = ("in", "cached", "out")
 # setting -> the stage whose manifest has it. What makes an arm, and with `seed`, `aggregate` and `code` a run.
 SETTINGS = {
     **dict.fromkeys(("mix", "schedule", "beta", "prefix_turns", "teacher", "student", "tasks", "sample", "attempts",
-                     "limit", "temperature", "top_p", "max_turns", "max_context", "max_tokens", "max_new_tokens"),
-                    "collect"),
+                     "limit", "student_extra", "teacher_extra", "temperature", "top_p", "max_turns", "max_context",
+                     "max_tokens", "max_new_tokens", "time_limit", "command_timeout"), "collect"),
     **dict.fromkeys(("max_labels", "label_states"), "relabel"),
     **dict.fromkeys(("keep", "epochs", "steps_per_epoch", "max_steps", "lr", "warmup", "batch_size", "loss_norm",
                      "packing", "quant", "lora_rank", "lora_alpha", "clip"), "train"),
@@ -71,7 +71,7 @@ def write_summaries(home: str | Path) -> Run:
     for number, summary in found.iterations.items():
         if summary is not None:
             path = _iteration(found.home, number) / "summary.json"
-            jsonl.write_atomically(path, json.dumps(summary, indent=1) + "\n")
+            jsonl.write_atomically(path, json.dumps(run.finite(summary), indent=1) + "\n")
     return found
 
 
@@ -143,7 +143,7 @@ def shift_rows(directory: str | Path) -> list[dict] | None:
     """
     directory = Path(directory)
     measured = {}
-    if (path := directory / "adapter/label_nll.jsonl").exists():
+    if (path := directory / "adapter/label_nll.jsonl").exists() and table.manifest(directory / "adapter/manifest.json"):
         measured = {(row["trajectory_id"], row["turn"]): row for row in jsonl.read(path)}
     if not all((directory / name).exists() for name in ("labels.jsonl", "trajectories.jsonl")):
         return None
@@ -213,7 +213,7 @@ def arm_names(runs: list[Run]) -> list[str]:
     """A short name for the arm of each run; runs that differ in their seed alone have the same.
 
     Where two arms would be named alike, the settings in which they differ are added; where even these are equal and so
-    are the seeds, the commit (with a mark for uncommitted changes); and at last the name of the directory.
+    are the seeds, the commit (with a mark for uncommitted changes); and at last the directory.
     """
     names = [_arm_name(found.settings) for found in runs]
     settings = [{name: _value(found, name) for name in (*SETTINGS, "aggregate")} for found in runs]
@@ -227,7 +227,8 @@ def arm_names(runs: list[Run]) -> list[str]:
         return "".join(f", {key.replace('_', ' ')} {mine[key]}" for key in here)
 
     names = [name + added(name, mine) for name, mine in zip(names, settings)]
-    for words in ([found.settings.get("code") for found in runs], [found.name for found in runs]):
+    for words in ([found.settings.get("code") for found in runs], [found.name for found in runs],
+                  [str(found.home) for found in runs]):
         arms = list(zip(names, (found.seed for found in runs)))
         unclear = {name for name, seed in arms if arms.count((name, seed)) > 1}
         unclear = {name for name in unclear if len({word for other, word in zip(names, words) if other == name}) > 1}
@@ -249,17 +250,21 @@ def check_comparable(runs: list[Run]) -> None:
             then, now = _conditions(reference), _conditions(content)
             for name in dict.fromkeys((*then, *now)):
                 if then.get(name) != now.get(name):
+                    one, other = then.get(name), now.get(name)
+                    if name == "tasks":  # the spec is for the eye, the contents decide
+                        one, other = (f"{found['settings']['tasks']} (contents {found['same']['tasks']})"
+                                      for found in (reference, content))
                     raise InputError(
-                        f"these runs cannot be compared: {name} is {then.get(name)} in {first} and {now.get(name)} in "
+                        f"these runs cannot be compared: {name} is {one} in {first} and {other} in "
                         f"{place}; evaluate both alike (04_eval.py), or look at one run at a time"
                     )
 
 
 def _conditions(manifest: dict) -> dict:
     """What has to be equal for two evaluations to be comparable."""
-    same, settings = manifest["same"], manifest["settings"]
+    same = manifest["same"]
     flat = {
-        "tasks": f"{settings['tasks']} (contents {same['tasks']})",
+        "tasks": same["tasks"],
         "grader": same["grader"],
         "swebench": same.get("swebench"),
         "test_timeout": same.get("test_timeout"),
@@ -287,12 +292,10 @@ def _value(found: Run, name: str):
 
 
 def _settings(stages: dict[int, dict[str, dict]]) -> tuple[dict, int | None]:
-    """The settings that make a run's arm, each from the first iteration that has its stage; and the seed."""
-    first = {}
-    for found in stages.values():
-        for name, content in found.items():
-            first.setdefault(name, content)
-    of = {name: content["settings"] for name, content in first.items()}
+    """The settings that make a run's arm, each from the last iteration that has its stage (the first one may be shared
+    between arms: at beta = 1 all are SFT); and the seed."""
+    last = {name: content for found in stages.values() for name, content in found.items()}
+    of = {name: content["settings"] for name, content in last.items()}
     settings = {name: of.get(stage, {}).get(name) for name, stage in SETTINGS.items()}
     settings |= {name: None for name, mix in OF_MIX.items() if settings["mix"] != mix}
     if of.get("relabel", {}).get("keep") == "resolved":  # 02 or 03 may have left the others out
@@ -304,7 +307,7 @@ def _settings(stages: dict[int, dict[str, dict]]) -> tuple[dict, int | None]:
     settings["student"] = student and re.sub(r",adapter=[^,]*", "", student)
     settings["aggregate"] = _aggregation({i: found["train"] for i, found in stages.items() if "train" in found})
     seeds = [content["seed"] for content in of.values() if content.get("seed") is not None]
-    made = first.get("collect") or next(iter(first.values()))
+    made = last.get("collect") or next(iter(last.values()))
     commit, diff = made.get("commit"), made.get("diff")
     settings["code"] = commit and f"{commit[:9]}" + (f" with changes {run.hash_json(diff)[:4]}" if diff else "")
     return settings, seeds[0] if seeds else None

@@ -9,7 +9,7 @@ from typing import Callable, Iterable
 
 from tqdm import tqdm
 
-from common import jsonl
+from common import jsonl, run
 from common.errors import InfraError, InputError
 from common.work import Work
 
@@ -98,22 +98,25 @@ def token_counter(*policies) -> Callable[[str], int]:
     return lambda text: math.ceil(len(text.encode()) / 4)
 
 
-def resolved(directory: str | Path, trajectory_ids: Iterable[str]) -> set[str]:
-    """The ids of the trajectories in `directory` that resolved their task, as graded into its `grades`.
+def resolved(trajectories: str | Path, trajectory_ids: Iterable[str]) -> set[str]:
+    """Those of the ids that resolved their task, as the file of their trajectories was graded into `grades` beside it.
 
-    Raises InputError where the trajectories are not graded, or others were.
+    Raises InputError where the file is not graded, or what was graded is not what it holds now.
     """
-    home, ids = Path(directory), set(trajectory_ids)
-    path = home / "grades/results.jsonl"
-    how = f"04_eval.py --tasks TASKS --trajectories {home}/trajectories.jsonl --out {home}/grades makes it"
+    home, ids = Path(trajectories).parent, set(trajectory_ids)
+    path, manifest = home / "grades/results.jsonl", home / "grades/manifest.json"
+    how = f"04_eval.py --tasks TASKS --trajectories {trajectories} --out {home}/grades makes it"
     if not path.is_file():
         raise InputError(f"{path} is missing: {how}")
+    graded = json.loads(manifest.read_text())["same"].get("trajectories") if manifest.is_file() else None
+    if graded and graded != run.hash_file(trajectories):
+        raise InputError(f"{path} is of other trajectories than {trajectories} holds now: {how}, with --overwrite")
     found, graded = set(), set()
     for result in jsonl.read(path, "result"):
         graded.add(result["trajectory_id"])
         found |= {result["trajectory_id"]} if result["resolved"] else set()
     if not ids & graded:
-        raise InputError(f"{path} has no result for any trajectory of {home}: {how}")
+        raise InputError(f"{path} has no result for any trajectory of {trajectories}: {how}")
     return found & ids
 
 

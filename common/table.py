@@ -67,7 +67,8 @@ def best_iteration(table: dict[int, dict[str, dict]]) -> int:
 def _score(summary: dict) -> tuple[str, str]:
     if summary["rate"] is None:
         return "none", ""
-    share = f"{summary['resolved']}/{summary['tasks']} = {summary['rate']:.0%}"
+    left = summary.get("infra_errors", 0)  # tasks that the machine failed are in no rate
+    share = f"{summary['resolved']}/{summary['tasks'] - left} = {summary['rate']:.0%}" + (f" ({left} not run)" if left else "")
     return share, f"{summary['rate_low']:.0%} to {summary['rate_high']:.0%}"
 
 

@@ -367,6 +367,7 @@ def forget(out: Path) -> None:
 def open_log(out: Path, steps: int) -> TextIO:
     """training_log.jsonl, to be written after the lines of the first `steps` steps. An adapter of before is gone then."""
     remove_adapter(out)  # the manifest no longer speaks of it
+    (out / "label_nll.jsonl").unlink(missing_ok=True)
     path = out / "training_log.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:steps] if steps and path.exists() else []
     log = open(path, "w", encoding="utf-8")

@@ -275,6 +275,12 @@ def test_the_names_of_arms(tmp_path):
     assert metrics.arm_names(runs) == ["DAgger linear:2"] * 2 + ["SFT"] * 2 + ["SFT, resolved only", "AggreVaTe 0:2", "on-policy"]
     always = metrics.read(make_run(tmp_path / "always", schedule="constant:1"))
     assert metrics.arm_names([runs[2], always]) == ["SFT, mix teacher", "SFT, mix turn, schedule constant:1"]
+    # arms that begin with the same iteration 1, which is SFT in all of them, are told apart by what came after
+    for name, schedule in (("shared0", "linear:2"), ("shared1", "constant:1")):
+        place = make_run(tmp_path / name, ((0, 0), (0, 1), (1, 1)), schedule=schedule) / "iter_001/trajectories.jsonl.manifest.json"
+        place.write_text(place.read_text().replace("linear:2", "constant:1"))
+    shared = [metrics.read(tmp_path / name) for name in ("shared0", "shared1")]
+    assert metrics.arm_names(shared) == ["DAgger linear:2", "SFT"]
     for run, numbers in ((runs[0], (5, 5)), (runs[1], (5, 4))):
         for number, labels in enumerate(numbers, 1):
             lines(run.home / f"iter_00{number}/labels.jsonl", [])

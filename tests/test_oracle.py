@@ -1,6 +1,7 @@
 """The oracle solves its tasks, from the start and from whatever a student made of them, by what the screen shows."""
 
 import random
+import re
 
 import pytest
 
@@ -239,7 +240,30 @@ def test_a_slip_is_one_command_that_is_not_the_right_one(kind):
             edits = actions.parse(slip).startswith("sed ")
             wrong_edits += edits
             step(sandbox, messages, slip if edits and wrong_edits == 1 else right)
-        assert wrong_edits > 1 and is_resolved(task, sandbox.diff())
+        assert wrong_edits >= 1 and is_resolved(task, sandbox.diff())
+
+
+def test_a_slip_never_puts_in_what_stands_there():
+    """After a slip at an edit, the same choice again: another repair or another kind of slip."""
+    tried = 0
+    for index in range(40):
+        task = toy_tasks.task("train", index)
+        if task.kind != "direct" or not task.edits[0].others:
+            continue
+        tried += 1
+        with LocalSandbox(task.row) as sandbox:
+            messages, said = prompts.opening(task.row), []
+            for _ in range(12):
+                right, slip = oracle.act(task.row, messages), oracle.slip(task.row, messages, choice=0)
+                edits = actions.parse(right).startswith("sed ")
+                said += [slip] if edits else []
+                if step(sandbox, messages, slip if edits else right) or len(said) == 2:
+                    break
+            assert len(said) == 2 and said[0] != said[1]
+            assert not any(re.search(r"s/(.+)/\1/", actions.parse(text)) for text in said)
+        if tried == 4:
+            break
+    assert tried == 4
 
 
 def test_noise_is_the_share_of_slips():

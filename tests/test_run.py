@@ -133,3 +133,8 @@ def test_an_adapter_may_lie_elsewhere_but_not_be_another(tmp_path, monkeypatch):
         stage("runs/a/adapter", "h2")
     with pytest.raises(InputError, match="student.adapter = 'elsewhere/adapter', now it is None"):
         stage(None, None)
+
+
+def test_numbers_that_json_does_not_have():
+    nan = float("nan")
+    assert run.finite({"loss": nan, "a": [1.5, -nan, float("inf")], "b": "NaN"}) == {"loss": None, "a": [1.5, None, None], "b": "NaN"}

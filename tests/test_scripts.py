@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -338,6 +339,12 @@ def test_rejection_sampling(noisy, tmp_path):
     done = script("02_relabel.py", "--trajectories", moved / "trajectories.jsonl", "--teacher", "oracle", "--out",
                   moved / "labels.jsonl", "--keep", "resolved", ok=False)  # fmt: skip
     assert done.returncode == 2 and "grades/results.jsonl is missing: 04_eval.py --tasks TASKS" in done.stderr
+    shutil.copytree(noisy / "grades", moved / "grades")
+    lines = (noisy / "trajectories.jsonl").read_text().splitlines(keepends=True)
+    (moved / "trajectories.jsonl").write_text("".join(lines[1:]))
+    done = script("02_relabel.py", "--trajectories", moved / "trajectories.jsonl", "--teacher", "oracle", "--out",
+                  moved / "labels.jsonl", "--keep", "resolved", ok=False)  # fmt: skip
+    assert done.returncode == 2 and "is of other trajectories than" in done.stderr
 
 
 def test_max_labels_takes_whole_trajectories_and_cuts_the_last(noisy, tmp_path):
@@ -379,6 +386,11 @@ def test_which_states_are_labelled(iteration, tmp_path):
     (tmp_path / "trajectories.jsonl").write_bytes((home / "trajectories.jsonl").read_bytes())
     relabel("student.jsonl", "--label-states", "student")
     assert labelled("student.jsonl") == students
+    alone = tmp_path / "alone.jsonl"  # iteration 1, where only the teacher acted, is labelled whole
+    alone.write_text((home / "trajectories.jsonl").read_text().replace('"actor": "student"', '"actor": "teacher"'))
+    done = script("02_relabel.py", "--trajectories", alone, "--teacher", "oracle", "--label-states", "student", "--out",
+                  tmp_path / "whole.jsonl")  # fmt: skip
+    assert summary(done)["states"] == str(len(actors))
     refused = relabel("none.jsonl", "--label-states", "uncertain:0.5", ok=False)
     assert refused.returncode == 2 and "no turn of the student in" in refused.stderr and "logprobs" in refused.stderr
 

@@ -30,6 +30,10 @@ def test_tokens_and_cost_of_an_iteration(tmp_path, capsys):
     assert heads.index("cost") < heads.index("minutes")
 
 
+def test_tasks_that_could_not_be_run_are_in_no_denominator():
+    assert table._score(EVAL | {"resolved": 38, "tasks": 40, "infra_errors": 2, "rate": 1.0})[0] == "38/38 = 100% (2 not run)"
+
+
 def test_without_a_price_there_is_no_column_for_it(tmp_path, capsys):
     write(tmp_path, "iter_000/eval/manifest.json", EVAL)
     write(tmp_path, "iter_001/eval/manifest.json", EVAL)

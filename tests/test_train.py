@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from common import chat, jsonl, models, prefix_tree, run, training
-from common.errors import InputError
+from common.errors import InputError, StageError
 from common.hf_policy import hash_adapter
 from common.prefix_tree import Sample
 from tests import tiny
@@ -726,6 +726,13 @@ def test_only_what_resolved_its_task_is_trained_on(tmp_path, home):
     grade({})
     with pytest.raises(InputError, match="no trajectory of .* resolved its task"):
         script(*common)
+
+
+def test_training_that_diverges_says_so(tmp_path, home):
+    with pytest.raises(StageError, match="training diverged; lower --lr"):
+        script("--data", home / "iter_001", "--model", home / "base", "--lr", "1e30", "--clip", "1e30", "--warmup", 0,
+               "--out", tmp_path / "out")  # fmt: skip
+    assert not (tmp_path / "out/adapter_config.json").exists()
 
 
 def test_bad_measuring(tmp_path, home):

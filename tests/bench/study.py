@@ -7,7 +7,7 @@ What was decided before the first result was there, and is what `tables` prints:
 * The outcome is the share of the 300 tasks of toy:study that the chosen checkpoint resolves, greedy, alone.
 * The first question: dagger - sft, at the same number of labels and optimiser steps, over seeds 0 to 4. Its answer is the
   mean difference with two 95 % intervals, the hierarchical bootstrap over seeds and tasks and the t-interval over the
-  per-seed differences; the wider one counts. "DAgger is ahead" is said only if that one is clear of zero. The aim was 10
+  per-seed differences; the wider one counts. (Both are about other seeds on these 300 tasks.) "DAgger is ahead" is said only if that one is clear of zero. The aim was 10
   points.
 * Second questions, each with the same two intervals and without a claim of their own (they are many): every other arm
   against sft (seeds 0 to 2), dagger against sft-tasks (the match by tasks, seeds 0 to 4), and dagger - sft by kind of task

@@ -5,15 +5,16 @@
 #   SEEDS="0 1" ARMS="dagger sft" tests/bench/study.sh
 #   JOBS=2 tests/bench/study.sh           so many seeds at once, with one thread each
 #
-# Every arm: 3 iterations on fresh tasks of toy:train, exactly 400 teacher labels and 3 x 44 optimiser steps in each, going
-# on from the last adapter; three checkpoints are scored on toy:dev:40, the best one (the earliest of equals) on toy:study,
-# which nothing else reads. Arms differ in who acts while tasks are collected, and in nothing else:
+# Every arm: 3 iterations on fresh tasks of toy:train, exactly 400 teacher labels (but for sft-tasks) and 3 x 44 optimiser
+# steps in each, going on from the last adapter; three checkpoints are scored on toy:dev:40, the best one (the earliest of
+# equals) on toy:study, which nothing else reads. Arms differ in who acts while tasks are collected:
 #
 #   sft           the teacher alone, always (beta 1): behaviour cloning on fresh demonstrations
 #   dagger        beta 1, 0.5, 0 (linear:2)
 #   dagger-paper  beta 1, 0.8, 0.6 (the paper's schedule)
 #   aggrevate     the student acts in the first kappa turns, kappa up to 0, 3, 6, then the teacher (prefix 0:3)
-#   rft           the teacher alone, who errs at 3 of 10 turns; only trajectories that resolve their task (rejection sampling)
+#   rft           the teacher alone, who errs at 3 of 10 turns; only trajectories that resolve their task (rejection sampling).
+#                 Its teacher is worse than the others': rft - sft is about both, the teacher and the filter
 #   sft-tasks     as sft, but on as many tasks as dagger had labels from, so with fewer labels: the match by tasks
 #
 # The first iteration of sft, dagger, dagger-paper and sft-tasks is the same by definition, and is run once per seed.
@@ -29,8 +30,10 @@ export HOME_OF_RUNS=${HOME_OF_RUNS:-runs/study}
 export PYTHON
 [ "$JOBS" = 1 ] || export OMP_NUM_THREADS=1
 
+case $HOME_OF_RUNS in /*) ;; *) HOME_OF_RUNS=$PWD/$HOME_OF_RUNS ;; esac
+
 loop() { # RUN SEED, knobs as NAME=VALUE...
-    env RUN="$PWD/$HOME_OF_RUNS/$1" SEED="$2" ITERATIONS=3 SAMPLE=78 MAX_LABELS=400 AGGREGATE=current WORKERS=40 \
+    env RUN="$HOME_OF_RUNS/$1" SEED="$2" ITERATIONS=3 SAMPLE=78 MAX_LABELS=400 AGGREGATE=current WORKERS=40 \
         EVAL_TASKS=toy:dev:40 TEST_TASKS=toy:study TRAIN_FLAGS="--epochs 3 --steps-per-epoch 44" "${@:3}" \
         ./run_loop.sh >/dev/null
 }
