@@ -142,7 +142,7 @@ def open_policy(
     if extra and (is_oracle or kind == "replay"):
         raise InputError(f"--{role}-extra is for servers and hf:, not for {spec}")
     if is_oracle:
-        return OraclePolicy(spec, sampling)
+        return OraclePolicy(sampling, spec)
     if kind == "replay" and rest:
         return ReplayPolicy(rest, sampling)
     raise InputError(f"--{role} {spec!r}: no such policy; there are: {KINDS}")
@@ -176,7 +176,7 @@ class Plain:
 class OraclePolicy(Plain):
     """The scripted expert of the toy tasks; with noise=P it errs at a share P of its turns, drawn from their seeds."""
 
-    def __init__(self, spec: str, sampling: dict):
+    def __init__(self, sampling: dict, spec: str = "oracle"):
         super().__init__(sampling)
         _, *options = spec.split(",")
         self.name, self.noise = spec, 0.0

@@ -116,6 +116,7 @@ def test_a_patch_that_leaves_the_repository_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_hanging_test_is_unresolved():
     began = time.monotonic()
     result = grade(ROW, patch_of({"calc.py": "import time\n" + RIGHT.replace("return 2", "time.sleep(1000)\n    return 2")}), timeout=4)

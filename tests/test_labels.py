@@ -116,6 +116,7 @@ def _write(directory, name, number):
         kept.answer(f"{i}", lambda: policies.Answer(f"{name} {i}", "stop"))
 
 
+@pytest.mark.slow
 def test_many_writers_and_kill_9(tmp_path):
     """Four processes write the same keys, one of them without end until it is killed: every answer is whole and there."""
     context = multiprocessing.get_context("spawn")
@@ -144,6 +145,7 @@ def test_a_damaged_cache_is_named(tmp_path, content):
 # ---------------------------------------------------------------- labels through the scripts
 
 
+@pytest.mark.slow
 def test_no_state_is_asked_twice_by_any_run(tmp_path, teacher, student):
     collect(tmp_path / "trajectories.jsonl", student, teacher.policy)
     teacher.asked.clear()

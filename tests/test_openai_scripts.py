@@ -83,6 +83,7 @@ def test_an_outage_costs_one_try_of_one_trajectory(serve, tmp_path):
     assert timeless(tmp_path / "t.jsonl") == timeless(tmp_path / "undisturbed.jsonl")
 
 
+@pytest.mark.slow
 def test_a_run_of_failures_stops_early_and_the_same_command_goes_on(serve, tmp_path):
     dead = []
 

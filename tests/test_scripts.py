@@ -317,16 +317,16 @@ def test_mistakes_about_who_acts(tmp_path, args, message):
 def noisy(tmp_path_factory):
     """Collected with a teacher that errs at half of its turns, and graded."""
     home = tmp_path_factory.mktemp("noisy")
-    script("01_collect.py", "--tasks", "toy:train:12", "--teacher", "oracle,noise=0.5", "--mix", "teacher", "--out",
+    script("01_collect.py", "--tasks", "toy:train:8", "--teacher", "oracle,noise=0.5", "--mix", "teacher", "--out",
            home / "trajectories.jsonl")  # fmt: skip
-    script("04_eval.py", "--tasks", "toy:train:12", "--trajectories", home / "trajectories.jsonl", "--out", home / "grades")
+    script("04_eval.py", "--tasks", "toy:train:8", "--trajectories", home / "trajectories.jsonl", "--out", home / "grades")
     return home
 
 
 def test_rejection_sampling(noisy, tmp_path):
     """A teacher that errs fails sometimes; --keep resolved labels the trajectories that did not, and nothing else."""
     graded = {r["trajectory_id"]: r["resolved"] for r in jsonl.read(noisy / "grades/results.jsonl", "result")}
-    assert 2 <= sum(graded.values()) <= 10
+    assert 1 <= sum(graded.values()) <= 7
     command = ("02_relabel.py", "--trajectories", noisy / "trajectories.jsonl", "--teacher", "oracle,noise=0.5", "--out")
     script(*command, tmp_path / "labels.jsonl", "--keep", "resolved")
     labels = list(jsonl.read(tmp_path / "labels.jsonl", "label"))
@@ -354,8 +354,8 @@ def test_max_labels_takes_whole_trajectories_and_cuts_the_last(noisy, tmp_path):
     for seed in (0, 1):
         out = tmp_path / f"labels{seed}.jsonl"
         done = script("02_relabel.py", "--trajectories", noisy / "trajectories.jsonl", "--teacher", "oracle", "--out", out,
-                      "--max-labels", 40, "--seed", seed)  # fmt: skip
-        assert summary(done)["states"] == "40"
+                      "--max-labels", 25, "--seed", seed)  # fmt: skip
+        assert summary(done)["states"] == "25"
         of: dict = {}
         for label in jsonl.read(out, "label"):
             of.setdefault(label["trajectory_id"], []).append(label["turn"])

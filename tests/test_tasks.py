@@ -235,6 +235,7 @@ def test_a_misspelt_data_set(hub):
         tasks.load("dataset:x/z:train")
 
 
+@pytest.mark.slow
 def test_data_sets_on_the_command_line(tmp_path):
     """Real `datasets`: a local directory of parquet files, the hub out of reach, a directory that is not there."""
     import datasets
