@@ -6,7 +6,7 @@ marks=(-m "not slow")
 [ "${1:-}" = --slow ] && { marks=(); shift; }
 if [ $# = 0 ]; then
     set -- tests
-    # Two at once. One thread each: two programs that both want every core slow torch down tenfold.
-    [ ${#marks[@]} = 0 ] || { export OMP_NUM_THREADS=1; set -- -n 2 --dist worksteal tests; }
+    # Three at once, for they wait a good deal. One thread each: two programs that both want every core slow torch down tenfold.
+    [ ${#marks[@]} = 0 ] || { export OMP_NUM_THREADS=1; set -- -n 3 --dist worksteal tests; }
 fi
 exec "$PYTHON" -m pytest -c tests/pytest.ini "${marks[@]}" "$@"

@@ -366,7 +366,7 @@ def test_the_loop_shares_a_server_but_not_with_training(program, tmp_path):
         "AGENT_FLAGS": "--max-turns 2 --max-new-tokens 8"})  # fmt: skip
     assert done.returncode == 0, done.stderr
     said = re.findall(r"^(?:== (?:iteration \d: )?(\w+))|(?:: (up) after)|^(stopped)", done.stderr, re.MULTILINE)
-    assert " ".join(map("".join, said)) == "the up the collect relabel stopped train evaluate up"
+    assert " ".join(map("".join, said)) == "the up the collect relabel stopped train evaluate up report"
     wait_until(lambda: not groups(program))
     made = json.loads((tmp_path / "run/iter_001/eval/trajectories.jsonl").read_text())
     assert made["student"]["adapter"] == str(tmp_path / "run/iter_001/adapter")
