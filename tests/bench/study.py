@@ -12,10 +12,11 @@ What was decided before the first result was there, and is what `tables` prints:
 * Second questions, each with the same two intervals and without a claim of their own (they are many): every other arm
   against sft (seeds 0 to 2), dagger against sft-tasks (the match by tasks, seeds 0 to 4), and dagger - sft by kind of task
   (direct, follow, traced, double; families in train and not in train).
-* Mechanism: how the unresolved tasks ended and what is wrong with their patches (failure modes); of the tasks whose first test run after the first edit failed
-  ("erred"), how many were resolved after all ("recovered"), for tasks with one bug and with two apart (there, a failing
-  test after the first edit is no error); and -log p per token of the expert's actions at the states that the student
-  brings about itself and at those of the expert, on toy:dev:40, after each iteration. Their difference is the shift.
+* Mechanism: how the unresolved tasks ended and what is wrong with their patches (failure modes); of the tasks whose first
+  test run after the first edit failed ("erred"), how many were resolved after all ("recovered"), for tasks with one bug
+  and with two apart (there, a failing test after the first edit is no error); and -log p per token of the expert's
+  actions at the states that the student brings about itself and at those of the expert, on toy:dev:40, after each
+  iteration. Their difference is the shift.
 * Expected, from a first measurement on other tasks: dagger ahead where the way back is missing from the demonstrations
   and easier than the first try (tasks with one bug), behind or equal where demonstrations hold it (two bugs: `double`).
 * No seed, arm or task is left out. A run is repeated only if the machine failed, from where it stopped.
