@@ -138,17 +138,28 @@ def _columns(heads: list[str], lines: list[list[str]]) -> None:
         print("  ".join([line[0].ljust(widths[0]), *numbers]).rstrip())
 
 
-def _main() -> None:
+def homes_from(argv: list[str]) -> list[Path]:
+    """The run directories that stand before the flags, taken out of `argv`."""
     homes = []
-    while len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
-        homes.append(Path(sys.argv.pop(1)))
+    while len(argv) > 1 and not argv[1].startswith("-"):
+        homes.append(Path(argv.pop(1)))
+    return homes
+
+
+def check_homes(homes: list[Path], command: str) -> None:
+    """Raises InputError where no run was given to `command`, or one twice."""
+    if not homes:
+        raise InputError(f"which runs? {command} RUN_DIRECTORY [RUN_DIRECTORY...]")
+    for home in homes:
+        if [other.resolve() for other in homes].count(home.resolve()) > 1:
+            raise InputError(f"{home} is given twice")
+
+
+def _main() -> None:
+    homes = homes_from(sys.argv)
 
     def work(args: Args) -> None:
-        if not homes:
-            raise InputError("which runs? python -m common.metrics RUN_DIRECTORY [RUN_DIRECTORY...]")
-        for home in homes:
-            if [other.resolve() for other in homes].count(home.resolve()) > 1:
-                raise InputError(f"{home} is given twice")
+        check_homes(homes, "python -m common.metrics")
         runs = [write_summaries(home) for home in homes]
         if len(runs) > 1:
             check_comparable(runs)

@@ -555,16 +555,10 @@ def report(homes: list[Path], out: Path) -> dict:
 
 
 def _main() -> None:
-    homes = []
-    while len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
-        homes.append(Path(sys.argv.pop(1)))
+    homes = metrics.homes_from(sys.argv)
 
     def work(args: Args) -> None:
-        if not homes:
-            raise InputError("which runs? python -m common.report RUN_DIRECTORY [RUN_DIRECTORY...]")
-        for home in homes:
-            if [other.resolve() for other in homes].count(home.resolve()) > 1:
-                raise InputError(f"{home} is given twice")
+        metrics.check_homes(homes, "python -m common.report")
         if len(homes) > 1 and args.out is None:
             raise InputError("several runs: --out FILE says where their page goes")
         run.print_summary(report(homes, Path(args.out or homes[0] / "report.html")))
