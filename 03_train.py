@@ -318,7 +318,7 @@ def prepare_data(args: Args, processes) -> tuple[list, int]:
     """(label_loss.Labelled trajectories that have samples, labels left out for their length); prints one sample."""
     from tqdm import tqdm
 
-    from common import label_loss, prefix_tree, training
+    from common import label_loss, prefix_tree
 
     labels, kwargs = read_labels(args.data)
     if args.keep == "resolved":

@@ -8,7 +8,7 @@ import json
 import shlex
 from pathlib import Path
 
-from common import embedded, jsonl, models, prompts, table
+from common import embedded, jsonl, prompts, table
 from common.agent import AgentFlags
 
 PAPER = "*Revisiting DAgger in the Era of LLM-Agents* (arXiv 2605.12913)"
