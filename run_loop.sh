@@ -46,6 +46,7 @@ AGENT_FLAGS=${AGENT_FLAGS:---max-turns 9} # more flags for 01 and 04
 LR=${LR:-2e-3}                            # a large student wants less, and larger steps
 TRAIN_FLAGS=${TRAIN_FLAGS:---epochs 2 --batch-size 1}  # more flags for 03; many small steps suit a tiny student
 TRAIN_GPUS=${TRAIN_GPUS:-1}               # GPUs that train, each with the whole model
+STAGES=${STAGES:-baseline,collect,relabel,train,eval,report,test}  # what is run; the rest is taken as it lies there
 DRY_RUN=${DRY_RUN:-0}                     # 1: print the commands, touch nothing
 
 bad() { echo "$1" >&2; exit 2; }
@@ -55,6 +56,10 @@ bad() { echo "$1" >&2; exit 2; }
 [[ $MAX_LABELS =~ ^([1-9][0-9]*(,[1-9][0-9]*)*)?$ ]] || bad "MAX_LABELS is N, or N1,N2,... for one iteration after the other, not $MAX_LABELS"
 [ "$INLINE" = 0 ] || [ "$KEEP$LABEL_STATES$MAX_LABELS" = allall ] ||
     bad "INLINE=1 asks for the label of every turn of the student: it does not go with KEEP, LABEL_STATES or MAX_LABELS"
+for name in ${STAGES//,/ }; do
+    [[ $name =~ ^(baseline|collect|relabel|train|eval|report|test)$ ]] ||
+        bad "STAGES is some of baseline,collect,relabel,train,eval,report,test, and $name is none of them"
+done
 if [ "$DRY_RUN" = 1 ]; then PYTHON=.venv/bin/python; else . common/setup.sh; fi
 
 case $RUN in /*) run=$RUN ;; *) run=runs/$RUN ;; esac
@@ -97,57 +102,58 @@ quoted() {                                # the words as a line for a shell
 }
 say() { if [ "$DRY_RUN" = 1 ]; then printf '\n# %s\n' "$1"; else printf '\n== %s\n' "$1" >&2; fi; }
 call() { if [ "$DRY_RUN" = 1 ]; then quoted "$PYTHON" "$@"; else "$PYTHON" "$@" >/dev/null; fi; }
-stage() { say "$1"; call "${@:2}" --seed "$SEED"; }
+wanted() { [[ ,$STAGES, == *[,\ ]$1[,\ ]* ]]; }
+stage() { ! wanted "$1" || { say "$2"; call "${@:3}" --seed "$SEED"; }; }
+report() { ! wanted report || { say "$1"; call -m common.report "$run" || echo "the report could not be written; the loop goes on" >&2; }; }
 
 # Where we start: the untrained student, and the teacher who is to be imitated
-stage "the untrained student on $EVAL_TASKS" 04_eval.py --tasks "$EVAL_TASKS" --student "$STUDENT" \
+stage baseline "the untrained student on $EVAL_TASKS" 04_eval.py --tasks "$EVAL_TASKS" --student "$STUDENT" \
     --out "$(iter 0)/eval" "${of_student[@]}" "${agent[@]}"
-stage "the teacher on $EVAL_TASKS" 04_eval.py --tasks "$EVAL_TASKS" --student "$TEACHER" \
+stage baseline "the teacher on $EVAL_TASKS" 04_eval.py --tasks "$EVAL_TASKS" --student "$TEACHER" \
     --out "$run/teacher/eval" "${key[@]}" ${TEACHER_EXTRA:+--student-extra "$TEACHER_EXTRA"} "${cost[@]}" "${agent[@]}"
 
 for ((i = 1; i <= ITERATIONS; i++)); do
     dir=$(iter "$i")
 
     # 1. Teacher and student take turns on fresh tasks: b_t ~ Bernoulli(beta_i)
-    stage "iteration $i: collect" 01_collect.py --tasks "$TASKS" --exclude-tasks "$EVAL_TASKS" $TEST_TASKS \
+    stage collect "iteration $i: collect" 01_collect.py --tasks "$TASKS" --exclude-tasks "$EVAL_TASKS" $TEST_TASKS \
         --sample "$SAMPLE" --iteration "$i" "${mix[@]}" \
         --teacher "$TEACHER" --student "$(student $((i - 1)))" --out "$dir/trajectories.jsonl" \
         "${of_teacher[@]}" "${of_student[@]}" "${inline[@]}" "${agent[@]}"
 
     # With KEEP=resolved: which of these trajectories resolved their task?
-    [ "$KEEP" = all ] || stage "iteration $i: grade" 04_eval.py --tasks "$TASKS" \
+    [ "$KEEP" = all ] || stage relabel "iteration $i: grade" 04_eval.py --tasks "$TASKS" \
         --trajectories "$dir/trajectories.jsonl" --iteration "$i" --out "$dir/grades" --workers "$WORKERS"
 
     # 2. The teacher's action at every state that was visited
-    stage "iteration $i: relabel" 02_relabel.py --trajectories "$dir/trajectories.jsonl" --teacher "$TEACHER" \
+    stage relabel "iteration $i: relabel" 02_relabel.py --trajectories "$dir/trajectories.jsonl" --teacher "$TEACHER" \
         --out "$dir/labels.jsonl" --workers "$WORKERS" --cache "$run/cache" "${select[@]}" $(at_most "$i") "${of_teacher[@]}"
 
     # 3. Train the student on all labels so far, with the GPUs to itself
-    case "$STUDENT $TEACHER" in *vllm:*) call -m common.serve stop "$STUDENT" "$TEACHER" ;; esac
-    stage "iteration $i: train" "${torchrun[@]}" 03_train.py --data $(collected "$i") --model "$model" \
+    case "$(wanted train && echo "$STUDENT $TEACHER")" in *vllm:*) call -m common.serve stop "$STUDENT" "$TEACHER" ;; esac
+    stage train "iteration $i: train" "${torchrun[@]}" 03_train.py --data $(collected "$i") --model "$model" \
         --out "$dir/adapter" --max-context "$CONTEXT" --tokens-per-batch "$CONTEXT" --lr "$LR" $TRAIN_FLAGS
 
     # 4. What can it do now?
-    stage "iteration $i: evaluate" 04_eval.py --tasks "$EVAL_TASKS" --student "$(student "$i")" --iteration "$i" \
+    stage eval "iteration $i: evaluate" 04_eval.py --tasks "$EVAL_TASKS" --student "$(student "$i")" --iteration "$i" \
         --out "$dir/eval" "${of_student[@]}" "${agent[@]}"
 
     # All that there is so far, to look at in a browser: numbers, and every trajectory
-    say "iteration $i: report"
-    call -m common.report "$run" || echo "the report could not be written; the loop goes on" >&2
+    report "iteration $i: report"
 done
 
 # The iteration that was best on $EVAL_TASKS meets the locked test split, once
 table=(-m common.table "$run" --iterations "$ITERATIONS")
-if [ "$DRY_RUN" = 1 ]; then
+if [ -n "$TEST_TASKS" ] && wanted test; then
     best=N
-    say "N is the iteration that this prints, the best on $EVAL_TASKS"
-    call "${table[@]}" --best
-else
-    best=$("$PYTHON" "${table[@]}" --best)
-fi
-if [ -n "$TEST_TASKS" ]; then
-    stage "iteration $best on $TEST_TASKS" 04_eval.py --tasks "$TEST_TASKS" --student "$(student "$best")" \
+    if [ "$DRY_RUN" = 1 ]; then
+        say "N is the iteration that this prints, the best on $EVAL_TASKS"
+        call "${table[@]}" --best
+    else
+        best=$("$PYTHON" "${table[@]}" --best)
+    fi
+    stage test "iteration $best on $TEST_TASKS" 04_eval.py --tasks "$TEST_TASKS" --student "$(student "$best")" \
         --iteration "$best" --out "$run/test/iter_$(number "$best")" "${of_student[@]}" "${agent[@]}"
+    report "the report, with $TEST_TASKS"
 fi
-[ -z "$TEST_TASKS" ] || { say "the report, with $TEST_TASKS"; call -m common.report "$run" || true; }
 if [ "$DRY_RUN" = 1 ]; then say "the table"; call "${table[@]}"; else "$PYTHON" "${table[@]}"; fi

@@ -129,9 +129,12 @@ def show(home: Path, iterations: int | None) -> None:
     print("tokens in, cached, out: of both policies, asked in collect, relabel and evaluate")
     if teacher := manifest(home / "teacher/eval/manifest.json"):
         print("the teacher itself: %s (%s)" % _score(teacher["summary"]))
-    best = best_iteration(table)
-    evaluated = table[best]["eval"]["settings"]
-    print(f"best on {evaluated['tasks']}: iteration {best}")
+    scored = any("eval" in stages for number, stages in table.items() if number > 0)
+    best = best_iteration(table) if scored else None
+    if scored:
+        print(f"best on {table[best]['eval']['settings']['tasks']}: iteration {best}")
+    else:
+        print("no iteration is evaluated yet")
     for path in sorted(home.glob("test/iter_*/manifest.json")):
         if tested := manifest(path):
             number = int(path.parent.name.removeprefix("iter_"))
@@ -144,8 +147,11 @@ def show(home: Path, iterations: int | None) -> None:
     every = [json.loads(path.read_text()) for path in home.rglob("*manifest.json")]
     minutes = sum(content.get("seconds", 0) for content in every) / 60
     memory = max(content.get("peak_memory_mb", 0) for content in every) / 1024
-    print(f"{minutes:.0f} minutes in all, at most {memory:.1f} GB of memory in one process\n\nuse this student:")
-    print(f"    .venv/bin/python 04_eval.py --tasks toy:dev:4 --student {evaluated['student']} --out try")
+    print(f"{minutes:.0f} minutes in all, at most {memory:.1f} GB of memory in one process")
+    if scored:
+        print("\nuse this student:")
+        student = table[best]["eval"]["settings"]["student"]
+        print(f"    .venv/bin/python 04_eval.py --tasks toy:dev:4 --student {student} --out try")
 
 
 def _main() -> None:

@@ -107,6 +107,29 @@ def test_the_arms():
     assert {args.init_adapter for args in of("03_train.py", AGGREGATE="window:2")} == {None}
 
 
+def test_some_stages_alone():
+    """STAGES runs what it names, in the order of the loop, with the commands that the whole loop has for it."""
+    whole = commands(dry(ITERATIONS="2", TEST_TASKS="toy:test:2", KEEP="resolved", STUDENT="vllm:MODEL"))
+    kinds = {
+        "baseline": lambda words: "--iteration" not in words and words[0] == "04_eval.py",
+        "collect": lambda words: words[0] == "01_collect.py",
+        "relabel": lambda words: words[0] == "02_relabel.py" or words[-2] == "--seed" and "--trajectories" in words,
+        "train": lambda words: words[0] == "03_train.py" or words[:3] == ["-m", "common.serve", "stop"],
+        "eval": lambda words: any(word.startswith("runs/laptop/iter") and word.endswith("/eval") for word in words)
+        and "--iteration" in words,
+        "report": lambda words: words[:2] == ["-m", "common.report"],
+        "test": lambda words: "--best" in words or "runs/laptop/test/iter_N" in words,
+    }  # fmt: skip
+    knobs = {"ITERATIONS": "2", "TEST_TASKS": "toy:test:2", "KEEP": "resolved", "STUDENT": "vllm:MODEL"}
+    assert commands(dry(STAGES=" ".join(kinds), **knobs)) == whole
+    for chosen in [[kind] for kind in kinds] + [["train", "eval"], ["relabel", "collect"]]:
+        said = commands(dry(STAGES=",".join(chosen), **knobs))
+        wanted = [words for words in whole[:-1] if any(kinds[kind](words) for kind in chosen)]
+        if chosen == ["report"]:
+            wanted = wanted[:2]  # the third is there for what the test tasks gave
+        assert said == [*wanted, whole[-1]] and wanted
+
+
 @pytest.mark.parametrize("preset, iterations", [("laptop", 3), ("paper", 5), ("paper-8b", 5), ("api-teacher", 3)])
 def test_as_many_iterations_as_asked_for(preset, iterations):
     for knobs, count in (({}, iterations), ({"ITERATIONS": "1"}, 1), ({"ITERATIONS": "7"}, 7)):
@@ -207,6 +230,7 @@ def test_mistakes_are_refused_before_anything_is_done(home):
                          ({"AGGREGATE": "all"}, "AGGREGATE is current, union or window:K, not all"),
                          ({"AGGREGATE": "window:0"}, "not window:0"),
                          ({"KEEP": "best"}, "KEEP is all or resolved, not best"),
+                         ({"STAGES": "collect,grade"}, "and grade is none of them"),
                          ({"INLINE": "1", "MAX_LABELS": "9"}, "it does not go with KEEP")):  # fmt: skip
         for how in ({}, {"DRY_RUN": "1"}):
             done = loop(home, **knobs, **how)

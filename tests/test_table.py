@@ -39,3 +39,11 @@ def test_without_a_price_there_is_no_column_for_it(tmp_path, capsys):
     write(tmp_path, "iter_001/eval/manifest.json", EVAL)
     table.show(tmp_path, None)
     assert "cost" not in capsys.readouterr().out
+
+
+def test_a_run_without_an_evaluated_iteration_has_a_table(tmp_path, capsys):
+    """STAGES=collect,relabel: what is there is shown, and nothing is called the best."""
+    write(tmp_path, "iter_001/labels.jsonl.manifest.json", RELABEL)
+    table.show(tmp_path, None)
+    said = capsys.readouterr().out
+    assert "no iteration is evaluated yet" in said and "best on" not in said and "use this student" not in said
