@@ -239,6 +239,10 @@ class Collection:
         self, number: int, source: Source, trajectory: dict, labels: dict[int, dict], result: dict, gold: str | None
     ):
         shown = opened(trajectory, labels, result, gold)
+        if source.what == "teacher":  # 04_eval.py calls whomever it scores the student
+            shown |= {"mix": "teacher", "teacher": shown["student"], "student": None}
+            for turn in shown["turns"]:
+                turn["actor"] = "teacher"
         actors = [turn["actor"] for turn in shown["turns"]]
         judged = [label["agrees"] for label in labels.values() if label["agrees"] is not None]
         values = {

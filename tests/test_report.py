@@ -247,6 +247,20 @@ def test_a_trajectory_with_its_labels(tmp_path):
     assert shown["student"] == "hf:m + iter_001/adapter"
 
 
+def test_the_teachers_own_evaluation_is_the_teachers(tmp_path):
+    """Its records come from 04_eval.py, in which whoever is scored is the student."""
+    home = small_run(tmp_path / "run")
+    evaluate(home / "teacher/eval", [trajectory("dev-0", 0, mix="student", teacher=None)], 1)
+    report.report([home], tmp_path / "page.html")
+    data, chunks = contents(tmp_path / "page.html")
+    found = [(row, chunks[row["chunk"]][row["position"]]) for row in rows(data)]
+    (row, shown), *more = [one for one in found if one[0]["what"] == "teacher"]
+    assert not more and (row["teacher_turns"], row["student_turns"]) == (1, 0)
+    assert (shown["mix"], shown["student"], shown["teacher"]) == ("teacher", None, "hf:m + iter_001/adapter")
+    assert [turn["actor"] for turn in shown["turns"]] == ["teacher"]
+    assert {turn["actor"] for row, one in found if row["what"] == "evaluated" for turn in one["turns"]} == {"student"}
+
+
 def test_labels_are_found_wherever_they_lie(tmp_path):
     """--max-labels and a hand's edit may leave them scattered."""
     two = [trajectory("a"), trajectory("b")]
