@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import run
+from common import run, table
 from common.errors import InputError
 from common.failures import FAILURE_MODES, failure_mode
 from common.intervals import combine_seeds, paired, rate
@@ -36,26 +36,34 @@ class Args:
 def compare(a: list[Run], b: list[Run]) -> dict | None:
     """Two arms, each a list of runs of different seeds: b against a in the seeds that both have.
 
-    Returns on (the tasks), test (whether these are the test tasks), seeds: {seed: paired(...)}, together:
-    combine_seeds(...); None without a common seed in which both chose an iteration.
+    On the test tasks in those seeds in which both have met them, and where there is none on the evaluation tasks. A task
+    without a result in one of the runs (the machine failed) is left out of all of them.
+    Returns on (the tasks), test (whether these are the test tasks), left_out (how many tasks), seeds: {seed: paired(...)},
+    seeds_left_out (not tested yet), together: combine_seeds(...); None without a common seed in which both chose an
+    iteration. Raises InputError where no task has a result in all of the runs.
     """
     of = [{found.seed: found for found in arm if found.best is not None} for arm in (a, b)]
-    pairs = {seed: (of[0][seed], of[1][seed]) for seed in of[0] if seed in of[1]}
+    pairs = {seed: (of[0][seed], of[1][seed]) for seed in sorted(of[0].keys() & of[1].keys(), key=str)}
     if not pairs:
         return None
-    chosen = [found for pair in pairs.values() for found in pair]
-    tested = all(found.best in found.test for found in chosen)
+    tested = {seed: pair for seed, pair in pairs.items() if all(found.best in found.test for found in pair)}
+    waiting = [seed for seed in pairs if seed not in tested] if tested else []
 
     def scored(found: Run) -> dict[str, bool]:
         number = f"iter_{found.best:03d}"
         return outcomes(found.home / "test" / number if tested else found.home / number / "eval")
 
-    both = {seed: (scored(one), scored(other)) for seed, (one, other) in sorted(pairs.items())}
-    scores = chosen[0].test[chosen[0].best] if tested else chosen[0].iterations[chosen[0].best]["eval"]
+    both = {seed: (scored(one), scored(other)) for seed, (one, other) in (tested or pairs).items()}
+    results = [set(found) for pair in both.values() for found in pair]
+    every, common = set.union(*results), set.intersection(*results)
+    both = {seed: tuple({task: found[task] for task in common} for found in pair) for seed, pair in both.items()}
+    one = next(iter((tested or pairs).values()))[0]
     return {
-        "on": scores["on"],
-        "test": tested,
+        "on": (one.test[one.best] if tested else one.iterations[one.best]["eval"])["on"],
+        "test": bool(tested),
+        "left_out": len(every) - len(common),
         "seeds": {seed: paired(*pair) for seed, pair in both.items()},
+        "seeds_left_out": waiting,
         "together": combine_seeds(list(both.values())),
     }
 
@@ -85,7 +93,12 @@ def show(runs: list[Run]) -> None:
         print(f"test: the chosen iteration on {tests[0]['on']} ({tests[0]['tasks']} tasks)")
     first, *others = arms
     for other in others:
-        _show_comparison(first, other, compare(arms[first], arms[other]))
+        try:
+            found = compare(arms[first], arms[other])
+        except InputError as error:  # of this pair alone
+            print(f"\n{other} against {first}: {error}")
+            continue
+        _show_comparison(first, other, found)
     if others:
         print(f"\ngained, lost: tasks that the arm alone resolved, and those that {first} alone did")
 
@@ -94,8 +107,9 @@ def _show_comparison(first: str, other: str, found: dict | None) -> None:
     if found is None:
         print(f"\n{other} against {first}: no seed in which both were evaluated")
         return
-    how = "" if found["test"] else "; not both have met the test tasks, and to choose on these same tasks flatters"
-    print(f"\n{other} against {first}, each at its chosen iteration, on {found['on']}{how}")
+    print(f"\n{other} against {first}, each at its chosen iteration, on {found['on']}")
+    for note in notes(found):
+        print(f"  {note}")
     lines = [
         [f"  seed {seed}", f"{one['rate_a']:.1%}", f"{one['rate_b']:.1%}", _points(one["difference"]),
          f"{_points(one['low'])} to {_points(one['high'])}", str(one["only_b"]), str(one["only_a"]), f"{one['p']:.2g}"]
@@ -112,6 +126,19 @@ def _show_comparison(first: str, other: str, found: dict | None) -> None:
         print(f", {_points(whole['t_low'])} to {_points(whole['t_high'])} (t over seeds)")
 
 
+def notes(found: dict) -> list[str]:
+    """What to know of a comparison: which tasks and seeds are not in it, and on what it was made."""
+    told = []
+    if number := found["left_out"]:
+        told.append(f"{number} task{'s' * (number > 1)} left out, for lack of a result in one of the runs at least (the machine failed)")
+    if found["seeds_left_out"]:
+        seeds = ", ".join(map(str, found["seeds_left_out"]))
+        told.append(f"not in it, for not both have met the test tasks there: seed {seeds}")
+    if not found["test"]:
+        told.append("not both have met the test tasks, and to choose on the tasks that one is scored on flatters")
+    return told
+
+
 def _at(found: Run, number: int) -> str:
     """The cell of one iteration: missing where there is no such directory between others."""
     if number not in found.iterations:
@@ -123,7 +150,8 @@ def _at(found: Run, number: int) -> str:
 def _score(scores: dict | None) -> str:
     if not scores or scores["rate"] is None:
         return "-"
-    return f"{scores['rate']:.0%} ({scores['rate_low']:.0%} to {scores['rate_high']:.0%})"
+    left = f", {scores['infra_errors']} not run{table.of_all(scores)}" if scores.get("infra_errors") else ""
+    return f"{scores['rate']:.0%} ({scores['rate_low']:.0%} to {scores['rate_high']:.0%}{left})"
 
 
 def _points(share: float) -> str:

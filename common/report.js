@@ -336,7 +336,8 @@ function scorePoint(x, score, name, ring, gap) {
 /** Tasks that the machine failed are in no rate: they are named apart. */
 const scoreWords = (score) => (known(score.rate)
   ? `${score.resolved}/${score.tasks - (score.infra_errors || 0)} = ${percent(score.rate)}` +
-    (score.infra_errors ? ` (${score.infra_errors} not run)` : "") : "not scored");
+    (score.infra_errors ? ` (${score.infra_errors} not run${known(score.rate_of_all)
+      ? `; of all ${percent(score.rate_of_all)}` : ""})` : "") : "not scored");
 
 function missingCell(text = "missing") {
   return make("td.missing", text);

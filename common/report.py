@@ -416,13 +416,13 @@ def making(cost: dict | None, priced: bool) -> dict:
     if cost is None:
         return dict.fromkeys(SPENT)
     parts = [cost[who][kind] for who in ("teacher", "student") for kind in ("in", "out")]
-    seconds = [cost["seconds"][stage] for stage in ("collect", "labels", "train")]
+    seconds = [cost["seconds"][stage] for stage in ("collect", "grades", "labels", "train")]
     nothing = not any(seconds)  # the untrained student
     tokens = sum(part or 0 for part in parts) if nothing or None not in parts[:2] or None not in parts[2:] else None
     return {
         "tokens": tokens,
         "minutes": sum(part or 0 for part in seconds) / 60,
-        "dollars": (cost["dollars"] or 0.0) if priced else None,
+        "dollars": 0.0 if priced and nothing else cost["dollars"],
     }
 
 
@@ -477,7 +477,7 @@ def comparisons(arms: list[str], runs: list[list[metrics.Run]]) -> tuple[list[di
     for other, theirs in zip(arms[1:], runs[1:]):
         try:
             found = metrics.compare(runs[0], theirs)
-        except InputError as error:  # a task that the machine failed has no result on one side
+        except InputError as error:  # no task has a result on both sides
             told.append(f"{other} and {arms[0]} are not compared task by task: {error}.")
             continue
         if found is None:
@@ -493,10 +493,7 @@ def comparisons(arms: list[str], runs: list[list[metrics.Run]]) -> tuple[list[di
                                 "low": whole["low"], "high": whole["high"]})  # fmt: skip
             rows.append(both | {"name": f"{whole['seeds']} seeds together (t over the seeds)",
                                 "low": whole["t_low"], "high": whole["t_high"]})  # fmt: skip
-        if not found["test"]:
-            told.append(
-                f"{other}: not both arms have met the test tasks, and to choose on the tasks one is scored on flatters."
-            )
+        told += [f"{other}: {note}." for note in metrics.notes(found)]
     if rows:
         told.append(
             "Each run at its chosen iteration, on the same tasks. A seed's row: Newcombe's interval for paired "

@@ -37,7 +37,7 @@ class Run:
     seed: int | None
     settings: dict
     iterations: dict[int, dict | None]
-    """number -> what summarise() gives"""
+    """number -> what summarise() gives; without a number 0 the untrained student was not scored"""
     best: int | None = None
     """the iteration that resolved most on the evaluation tasks (common.table.best_iteration)"""
     test: dict[int, dict] = field(default_factory=dict)
@@ -57,7 +57,7 @@ def read(home: str | Path) -> Run:
     return Run(
         home=home, name=home.resolve().name, seed=seed, settings=settings,
         iterations={number: summarise(_iteration(home, number)) if number in stages else None
-                    for number in range(min(stages), max(stages) + 1)},
+                    for number in range(min(1, *stages), max(stages) + 1)},
         best=table.best_iteration(stages) if scored else None,
         test={int(path.parent.name.removeprefix("iter_")): _scores(found)
               for path in sorted(home.glob("test/iter_*/manifest.json")) if (found := table.manifest(path))},
@@ -79,9 +79,10 @@ def summarise(directory: str | Path) -> dict:
     """One iteration, ready for JSON. Each part is None where its stage is not finished.
 
     collect: the summary of 01 (trajectories, turns, teacher_turn_share, teacher_token_share, ...), mix, seconds.
+    grades: the summary of 04 on what was collected (KEEP=resolved), seconds.
     labels: the summary of 02 (states, executed, queried, cached, invalid, agree, ...), labels (the valid ones), tasks
-        (that have one), per_task, label_tokens, seconds.
-    train: the summary of 03 (labels, loss, steps, ...). labels are those of all the iterations that it trained on.
+        (that have one), per_task, seconds.
+    train: the summary of 03 (labels, label_tokens, loss, steps, ...): of all the iterations that it trained on.
     eval: the summary of 04 (tasks, resolved, rate with its interval, failure_modes, groups, ...), on, seconds.
     shift: common.metrics.shift of shift_rows; None without labels.
     cost: tokens (in, cached, out) of the teacher (acting and labelling), of the student (acting) and of evaluating it;
@@ -89,35 +90,34 @@ def summarise(directory: str | Path) -> dict:
     """
     directory = Path(directory)
     found = {name: table.manifest(directory / file) for name, file in table.STAGES.items()}
-    collect, labels, train = (
+    collect, labels, train, grades = (
         content and {"seconds": content["seconds"]} | content["summary"]
-        for content in (found["collect"], found["relabel"], found["train"])
+        for content in (found["collect"], found["relabel"], found["train"], table.manifest(directory / "grades/manifest.json"))
     )
     scores = _scores(found["eval"])
     rows = None
     if collect:
         collect |= {"mix": found["collect"]["settings"]["mix"]}
     if labels:
-        tasks, count, label_tokens = set(), 0, 0
+        tasks, count = set(), 0
         for label in jsonl.read(directory / "labels.jsonl", "label"):  # one at a time: there may be 100,000
             if label["valid"]:
                 tasks.add(label["instance_id"])
                 count += 1
-                label_tokens += label["tokens"]["out"] or 0
         labels |= {
             "labels": count,
             "tasks": len(tasks),
             "per_task": count / len(tasks) if tasks else None,
-            "label_tokens": label_tokens,
         }
         rows = shift_rows(directory)
     return {
         "collect": collect,
+        "grades": grades,
         "labels": labels,
         "train": train,
         "eval": scores,
         "shift": None if rows is None else shift(rows),
-        "cost": _cost({"collect": collect, "labels": labels, "train": train, "eval": scores}),
+        "cost": _cost({"collect": collect, "grades": grades, "labels": labels, "train": train, "eval": scores}),
     }
 
 
@@ -303,14 +303,24 @@ def _settings(stages: dict[int, dict[str, dict]]) -> tuple[dict, int | None]:
     budgets = [str(found["relabel"]["settings"].get("max_labels")) for found in stages.values() if "relabel" in found]
     if len(set(budgets)) > 1:
         settings["max_labels"] = ",".join(budgets)
-    student = of.get("eval", {}).get("student") or settings["student"]
-    settings["student"] = student and re.sub(r",adapter=[^,]*", "", student)
+    settings["student"] = of.get("eval", {}).get("student") or settings["student"]
+    settings |= {who: settings[who] and _who(settings[who]) for who in ("student", "teacher")}
     settings["aggregate"] = _aggregation({i: found["train"] for i, found in stages.items() if "train" in found})
     seeds = [content["seed"] for content in of.values() if content.get("seed") is not None]
     made = last.get("collect") or next(iter(last.values()))
     commit, diff = made.get("commit"), made.get("diff")
     settings["code"] = commit and f"{commit[:9]}" + (f" with changes {run.hash_json(diff)[:4]}" if diff else "")
     return settings, seeds[0] if seeds else None
+
+
+def _who(policy: str) -> str:
+    """A policy without what only says how it is run, or which iteration's it is: address, GPUs, adapter."""
+    kind, _, rest = policy.partition(":")
+    if kind == "openai":
+        return f"openai:{rest.partition('@')[0]}"
+    if kind == "vllm":
+        return f"vllm:{rest.partition(',')[0]}"
+    return re.sub(r",adapter=[^,]*", "", policy) if kind == "hf" else policy
 
 
 def _aggregation(trained: dict[int, dict]) -> str | None:

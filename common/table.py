@@ -64,11 +64,18 @@ def best_iteration(table: dict[int, dict[str, dict]]) -> int:
     return max(scored, key=lambda i: (scored[i], -i))
 
 
+def of_all(summary: dict) -> str:
+    """What to add where tasks were not run: the official rate counts all of them (04_eval.py, rate_of_all)."""
+    return f"; of all {summary['rate_of_all']:.0%}" if summary.get("rate_of_all") is not None else ""
+
+
 def _score(summary: dict) -> tuple[str, str]:
     if summary["rate"] is None:
         return "none", ""
     left = summary.get("infra_errors", 0)  # tasks that the machine failed are in no rate
-    share = f"{summary['resolved']}/{summary['tasks'] - left} = {summary['rate']:.0%}" + (f" ({left} not run)" if left else "")
+    share = f"{summary['resolved']}/{summary['tasks'] - left} = {summary['rate']:.0%}"
+    if left:
+        share += f" ({left} not run{of_all(summary)})"
     return share, f"{summary['rate_low']:.0%} to {summary['rate_high']:.0%}"
 
 

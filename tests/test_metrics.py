@@ -1,6 +1,7 @@
 """The numbers that decide which arm is better, each against a published or a hand-worked example."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -199,7 +200,7 @@ def manifest(path, settings, summary, **more):
     path.write_text(json.dumps(content | more))
 
 
-def evaluation(place, resolved, *, on="toy:dev", seed=0, limits=LIMITS, tasks_hash="d0"):
+def evaluation(place, resolved, *, on="toy:dev", seed=0, limits=LIMITS, tasks_hash="d0", student="hf:m,adapter=a/b,quant=none"):
     """resolved: whether each of the tasks t0, t1, ... is."""
     record = {"schema": schema.VERSION, "trajectory_id": None, "tests_status": {}, "exit_status": None, "failure_mode": None,
               "turns": None, "tokens": None, "seconds": 0.0, "tampered": False}  # fmt: skip
@@ -207,19 +208,19 @@ def evaluation(place, resolved, *, on="toy:dev", seed=0, limits=LIMITS, tasks_ha
     counted = {"tasks": len(resolved), "resolved": sum(resolved), **metrics.rate(sum(resolved), len(resolved))}
     same = {"tasks": tasks_hash, "grader": "auto", "test_timeout": 120.0, "prompts": ["toy-1"], "limits": limits,
             "student": {"sampling": {"temperature": 0.0}}}  # fmt: skip
-    settings = {"tasks": on, "student": "hf:m,adapter=a/b,quant=none", "seed": seed}
+    settings = {"tasks": on, "student": student, "seed": seed}
     manifest(place / "manifest.json", settings, counted | {"tokens_in": 5, "tokens_out": 1}, same=same)
 
 
 def make_run(home, scores=((0, 0, 0, 1), (0, 1, 1, 1)), *, seed=0, mix="turn", keep=None, schedule="linear:2", data=None, test=None,
-             **options):  # fmt: skip
+             teacher="oracle", **options):  # fmt: skip
     """A run with iterations 0, 1, ...: scores are the resolved tasks of each."""
     home.mkdir(parents=True)
     for number, resolved in enumerate(scores):
         place = home / f"iter_{number:03d}"
         evaluation(place / "eval", resolved, seed=seed, **options)
         if number:
-            settings = {"mix": mix, "schedule": schedule, "beta": None, "prefix_turns": "0:2", "teacher": "oracle", "student": "hf:m",
+            settings = {"mix": mix, "schedule": schedule, "beta": None, "prefix_turns": "0:2", "teacher": teacher, "student": "hf:m",
                         "seed": seed}  # fmt: skip
             collected = {"trajectories": 1, "turns": 2, "teacher_turn_share": 0.5, "teacher_token_share": 0.4,
                          **{f"{who}_tokens_{kind}": 10 for who in ("student", "teacher") for kind in ("in", "cached", "out")}}  # fmt: skip
@@ -254,7 +255,7 @@ def test_the_summary_of_an_iteration(tmp_path):
     assert json.loads((home / "iter_001/summary.json").read_text()) == found.iterations[1]
     first = found.iterations[1]
     assert first["eval"]["resolved"] == 3 and first["eval"]["on"] == "toy:dev"
-    assert (first["labels"]["labels"], first["labels"]["per_task"], first["labels"]["label_tokens"]) == (3, 3.0, 9)
+    assert (first["labels"]["labels"], first["labels"]["per_task"]) == (3, 3.0)
     assert [line for line in first["shift"] if line["turn"] is None] == [
         {"history": "teacher", "turn": None, "labels": 1, "tokens": 3, "before": 1.0, "after": 0.5, "compared": 1, "agree": 0.0},
         {"history": "student", "turn": None, "labels": 1, "tokens": 3, "before": 2.0, "after": 0.5, "compared": 1, "agree": 1.0},
@@ -262,10 +263,19 @@ def test_the_summary_of_an_iteration(tmp_path):
     assert first["cost"] == {
         "teacher": {"in": 19, "cached": 10, "out": 13}, "student": {"in": 10, "cached": 10, "out": 10},
         "eval": {"in": 5, "cached": None, "out": 1}, "dollars": 0.75,
-        "seconds": {"collect": 60.0, "labels": 60.0, "train": 60.0, "eval": 60.0},
+        "seconds": {"collect": 60.0, "grades": None, "labels": 60.0, "train": 60.0, "eval": 60.0},
     }  # fmt: skip
     assert {name: part for name, part in found.iterations[0].items() if name not in ("eval", "cost")} == dict.fromkeys(
-        ("collect", "labels", "train", "shift"))  # fmt: skip
+        ("collect", "grades", "labels", "train", "shift"))  # fmt: skip
+    manifest(home / "iter_001/grades/manifest.json", {"tasks": "toy:train", "seed": 0}, {"resolved": 1})
+    assert metrics.read(home).iterations[1]["cost"]["seconds"]["grades"] == 60.0  # rejection sampling has its price
+    shutil.rmtree(home / "iter_001")
+    assert metrics.read(home).iterations[0]["eval"]  # the untrained student alone is a run
+    shutil.rmtree(home / "iter_000")
+    make_run(tmp_path / "later", ((0, 0), (0, 1), (1, 1)))
+    for number in (0, 1):
+        shutil.rmtree(tmp_path / f"later/iter_00{number}")
+    assert [(number, part is None) for number, part in metrics.read(tmp_path / "later").iterations.items()] == [(1, True), (2, False)]
 
 
 def test_the_names_of_arms(tmp_path):
@@ -273,6 +283,9 @@ def test_the_names_of_arms(tmp_path):
              "kept": {"mix": "teacher", "keep": "resolved"}, "aggrevate": {"mix": "prefix"}, "on": {"mix": "student"}}  # fmt: skip
     runs = [metrics.read(make_run(tmp_path / name, **options)) for name, options in kinds.items()]
     assert metrics.arm_names(runs) == ["DAgger linear:2"] * 2 + ["SFT"] * 2 + ["SFT, resolved only", "AggreVaTe 0:2", "on-policy"]
+    assert metrics.arm_names([metrics.read(make_run(tmp_path / f"how{seed}", seed=seed, teacher=teacher, student=student)) for seed, teacher, student in (
+        (0, "openai:big@http://one:8000/v1", "vllm:Q/small,gpus=0"), (1, "openai:big@http://two:8001/v1", "vllm:Q/small,gpus=1,util=0.3"))
+    ]) == ["DAgger linear:2"] * 2  # fmt: skip  where a policy runs makes no arm
     always = metrics.read(make_run(tmp_path / "always", schedule="constant:1"))
     assert metrics.arm_names([runs[2], always]) == ["SFT, mix teacher", "SFT, mix turn, schedule constant:1"]
     # arms that begin with the same iteration 1, which is SFT in all of them, are told apart by what came after
@@ -331,9 +344,29 @@ def test_the_command_compares_arms_seed_by_seed_on_the_test_tasks(tmp_path):
     assert metrics.compare(*arms)["test"] and list(metrics.compare(*arms)["seeds"]) == [0, 1]
     (dagger[1] / "test/iter_001/manifest.json").unlink()
     arms[1][1] = metrics.read(dagger[1])
-    found = metrics.compare(*arms)  # one has not met the test tasks, so none counts there
-    assert (found["test"], found["on"], found["together"]["difference"]) == (False, "toy:dev", 0)
+    found = metrics.compare(*arms)  # seed 1 has not met the test tasks in one arm
+    assert (found["test"], list(found["seeds"]), found["seeds_left_out"]) == (True, [0], [1])
+    assert "not in it, for not both have met the test tasks there: seed 1" in table(*sft, *dagger)
+    (dagger[0] / "test/iter_001/manifest.json").unlink()
+    arms[1][0] = metrics.read(dagger[0])
+    found = metrics.compare(*arms)  # none has
+    assert (found["test"], found["on"], found["together"]["difference"], found["seeds_left_out"]) == (False, "toy:dev", 0, [])
     assert metrics.compare(arms[0][:1], arms[1][1:]) is None  # other seeds
+
+
+def test_a_task_that_the_machine_failed_is_left_out_of_the_comparison(tmp_path):
+    """Of six test tasks the second arm has results for five; on these it is +1; the third arm is compared all the same."""
+    runs = [make_run(tmp_path / name, mix=mix, test=[1, 0, 0, 0, 0, 0]) for name, mix in (("a", "teacher"), ("b", "turn"), ("c", "student"))]
+    results = runs[1] / "test/iter_001/results.jsonl"
+    kept = [json.loads(line) for line in results.read_text().splitlines()][1:]
+    lines(results, [result | {"resolved": place == 0} for place, result in enumerate(kept)])
+    shown = table(*runs)
+    found = metrics.compare([metrics.read(runs[0])], [metrics.read(runs[1])])
+    assert (found["left_out"], found["together"]["tasks"], found["together"]["difference"]) == (1, 5, 0.2)
+    assert "1 task left out" in shown and "on-policy against SFT" in shown
+    lines(results, [result | {"instance_id": f"x{place}"} for place, result in enumerate(kept)])
+    shown = table(*runs)
+    assert "DAgger linear:2 against SFT: no task in common" in shown and "on-policy against SFT, each at its" in shown
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path):

@@ -332,14 +332,18 @@ def test_several_runs_are_compared(tmp_path):
     assert {row["run"] for row in rows(data)} == {0, 1, 2, 3}
 
 
-def test_arms_with_another_set_of_results_are_shown_but_not_paired(tmp_path):
-    """The machine failed a task of one arm: everything else of the page is worth having."""
+def test_arms_with_another_set_of_results_are_paired_on_what_both_have(tmp_path):
+    """The machine failed a task of one arm, or all of them: everything else of the page is worth having."""
     homes = [small_run(tmp_path / "a"), small_run(tmp_path / "b", mix="teacher", schedule=None)]
     results = homes[1] / "test/iter_002/results.jsonl"
     results.write_text("".join(results.read_text().splitlines(keepends=True)[:3]))
     report.report(homes, tmp_path / "page.html")
     data, _ = contents(tmp_path / "page.html")
-    assert data["pairs"] == [] and "not the same tasks: 1 of 4" in data["pair_notes"][0]
+    assert data["pairs"][0]["n"] == 3 and "1 task left out" in data["pair_notes"][0]
+    results.write_text(results.read_text().replace("test-", "other-"))
+    report.report(homes, tmp_path / "page.html")
+    data, _ = contents(tmp_path / "page.html")
+    assert data["pairs"] == [] and "no task in common" in data["pair_notes"][0]
 
 
 def test_two_directories_of_one_name(tmp_path):
