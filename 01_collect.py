@@ -107,6 +107,11 @@ def work(args: Args) -> None:
     if args.mix == "prefix" and (args.beta is not None or args.schedule is not None):
         raise InputError("--mix prefix has no beta: leave --beta and --schedule away")
     beta, longest = beta_of(args), None
+    if args.mix in ("teacher", "student") and (args.beta is not None or args.schedule is not None):
+        asked = mixing.beta_at(f"constant:{args.beta}" if args.schedule is None else args.schedule, args.iteration)
+        if asked != beta:
+            raise InputError(f"--mix {args.mix} is beta {beta:g}, and --beta or --schedule say {asked:g} for iteration "
+                             f"{args.iteration}: leave one of them away")
     if args.mix == "prefix":
         longest = mixing.longest_prefix(args.prefix_turns, args.iteration)
         turns = f"with a prefix of up to {longest} turns"

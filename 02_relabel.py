@@ -4,11 +4,13 @@ Where the teacher acted, its executed turn already is a sample of pi_e(.|s_t) an
 the teacher is asked at exactly that state: the conversation before the turn. No label ever comes from the student.
 
 Which states get a label is the budget of the teacher. --label-states student leaves out those where the teacher acted
-(unless it alone acted in all of them, as in iteration 1); uncertain:P keeps those (they cost nothing) and, of the student's turns, the share P with the lowest mean log-probability per
-token that the student itself gave them when it acted, in the spirit of SafeDAgger and ThriftyDAgger, but looking back on a
-finished collection. `hf:` records it, servers are asked for it; a turn without one counts as the least certain, and
-where no turn has one, uncertain:P is refused. --keep resolved takes trajectories that resolved their task alone.
---max-labels N takes whole trajectories in an order drawn from the seed until there are N labels, and cuts the last one.
+(but takes all where the student never acted, as in iteration 1: there would be nothing to train on). uncertain:P keeps
+those of the teacher (whose executed turns cost nothing) and, of the student's turns, the share P with the lowest mean
+log-probability per token that the student itself gave them when it acted, in the spirit of SafeDAgger and ThriftyDAgger,
+but looking back on a finished collection. `hf:` records it, servers are asked for it; a turn without one counts as the
+least certain, and where no turn has one, uncertain:P is refused. --keep resolved takes trajectories that resolved their
+task alone. --max-labels N takes whole trajectories in an order drawn from the seed until there are N labels, and cuts the
+last one; for every label that turns out not to be valid one more is taken, as long as there are states.
 
 reads   --trajectories FILE...: what 01_collect.py wrote; with --keep resolved also grades/results.jsonl beside each
 writes  --out FILE: one label a line, in the order of trajectories and turns; FILE.manifest.json, FILE.log beside it
@@ -46,11 +48,12 @@ class Args(TeacherFlags, PolicyFlags):
     top_p: float | None = None
     """nucleus sampling (default: the recorded one of the teacher)"""
     label_states: str = "all"
-    """which visited states get a label: all, student (those where the student acted), or uncertain:P"""
+    """which visited states get a label: all; student (those where the student acted; all where it never did); or
+    uncertain:P (those where the teacher acted, and of the student's the share P of which it was least certain)"""
     keep: Literal["all", "resolved"] = "all"
     """resolved: only states of trajectories that grades/results.jsonl beside --trajectories says resolved their task"""
     max_labels: int | None = None
-    """at most this many labels"""
+    """at most this many valid labels, drawn by the seed"""
     workers: int = 8
     """trajectories at once; the states of one are asked in order"""
     seed: int = 0
@@ -70,9 +73,10 @@ def label_states(trajectory: dict):
             yield message["turn"], trajectory["messages"][:place], message
 
 
-def choose_states(args: Args, trajectories: dict[str, dict]) -> list[tuple[str, int]]:
+def choose_states(args: Args, trajectories: dict[str, dict], spoilt: int = 0) -> list[tuple[str, int]]:
     """(trajectory_id, turn) of the states that get a label, in the order of the files; the docstring above says which.
 
+    spoilt: labels that are not valid, for which as many more may be taken than --max-labels says.
     Raises InputError for an unknown --label-states, and where nothing is left.
     """
     from common.errors import InputError
@@ -92,7 +96,7 @@ def choose_states(args: Args, trajectories: dict[str, dict]) -> list[tuple[str, 
     names = list(turns)
     if args.max_labels is not None:
         names.sort(key=lambda name: mixing.derive("max-labels", args.seed, name))
-    budget = math.inf if args.max_labels is None else args.max_labels
+    budget = math.inf if args.max_labels is None else args.max_labels + spoilt
     for name in names:
         for turn in (m["turn"] for m in turns[name]):
             budget -= (name, turn) in chosen
@@ -213,10 +217,22 @@ def work(args: Args) -> None:
         finally:
             teacher.forget(trajectory_id)
 
+    acted = any(m["actor"] == "student" for name in trajectories for _, _, m in label_states(trajectories[name]))
+    if args.label_states == "student" and not acted:
+        stage.log.warning("the student never acted in these trajectories: all their states get a label")
     if args.max_labels is not None and len(order) < args.max_labels:
         stage.log.warning("there are %d states to label, fewer than --max-labels %d", len(order), args.max_labels)
-    todo = list(dict.fromkeys(name for name, turn in order if (name, turn) not in output))
-    left = stage_tools.run_jobs(args, stage, output, list(dict.fromkeys(name for name, _ in order)), todo, relabel, args.workers, "relabel", _postfix, meter)
+    while True:
+        names = list(dict.fromkeys(name for name, _ in order))
+        todo = list(dict.fromkeys(name for name, turn in order if (name, turn) not in output))
+        left = stage_tools.run_jobs(args, stage, output, names, todo, relabel, args.workers, "relabel", _postfix, meter)
+        if args.max_labels is None:
+            break
+        spoilt = sum(not record["valid"] for record in output.records(order))
+        more = choose_states(args, trajectories, spoilt)
+        if len(more) == len(order):
+            break
+        order, selected = more, set(more)
 
     summary = measure(output.records(order)) | {"missing": sum(key not in output for key in order), "infra_errors": left}
     output.finish(order)

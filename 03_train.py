@@ -232,6 +232,8 @@ def work(args: Args) -> None:
     same["inputs"] = [run.hash_file(Path(directory) / name)
                       for directory in args.data for name in ("trajectories.jsonl", "labels.jsonl")]
     if args.keep == "resolved":
+        for directory in args.data:
+            stage_tools.grades_of(Path(directory) / "trajectories.jsonl")
         same["grades"] = [run.hash_file(Path(directory) / "grades/results.jsonl") for directory in args.data]
     from common import label_loss, prefix_tree, training
 
@@ -294,6 +296,7 @@ def work(args: Args) -> None:
     if args.dry_run and processes.first:
         run.print_summary(summary)
     elif processes.first:
+        stage.before = trained["seconds_before"]
         stage.finish(summary)
         training.forget(out)
     processes.close()
@@ -310,6 +313,8 @@ def check(args: Args) -> None:
         raise InputError(f"--measure {args.measure}: must be at least 0")
     if args.label_nll and not args.dry_run:
         raise InputError("--label-nll goes with --dry-run; a training run writes label_nll.jsonl into its --out")
+    if args.label_nll and not Path(args.label_nll).parent.is_dir():
+        raise InputError(f"--label-nll {args.label_nll}: there is no directory {Path(args.label_nll).parent}")
     if not 0 <= args.warmup < 1:
         raise InputError(f"--warmup {args.warmup}: must be at least 0 and less than 1")
 

@@ -96,11 +96,13 @@ def made(student) -> str:
     trained = [student.stages[number]["train"] for number in student.chain]
     collected = [of["collect"] for number in _collected(student) if "collect" in (of := student.stages.get(number, {}))]
     settings, config = student.settings, json.loads((student.adapter / "adapter_config.json").read_text())
-    labels, steps = (sum(manifest["summary"][name] for manifest in trained) for name in ("labels", "steps"))
+    labelled = [of["relabel"] for number in _collected(student) if "relabel" in (of := student.stages.get(number, {}))]
+    labels, steps, too_long = (sum(manifest["summary"][name] for manifest in trained)
+                               for name in ("labels", "steps", "labels_too_long"))  # fmt: skip
     rows = {
         "base": _base(student.model) + (", in NF4 (QLoRA)" if student.summary["quant"] == "nf4" else ", not quantised"),
         "method": _each(map(_method, collected)),
-        "teacher": _each(map(_teacher, collected)),
+        "teacher": _each(map(_teacher, labelled or collected)),
         "tasks": _each(_tasks(manifest["settings"]) for manifest in collected),
         "system prompt": _each(", ".join(manifest["same"]["prompts"]) for manifest in collected),
         "labels": f"{labels:,} of {_iterations(_collected(student))}"
@@ -110,8 +112,7 @@ def made(student) -> str:
         f"{settings['epochs']}, peak learning rate {settings['lr']:g}",
         "adapter": f"LoRA, rank {config['r']}, alpha {config['lora_alpha']}, on "
         + ", ".join(sorted(config["target_modules"])),
-        "longest sample": f"{settings['max_context']:,} tokens; longer and left out: "
-        f"{student.summary['labels_too_long']}",
+        "longest sample": f"{settings['max_context']:,} tokens; longer and left out: {too_long}",
         "seed": settings["seed"],
         "commit of swe-dagger": _each(map(_commit, collected + trained)),
         "packages": ", ".join(f"{name} {version}" for name, version in trained[-1]["packages"].items() if version),

@@ -43,6 +43,7 @@ UNPARSED = "does not parse: "  # begins a line that the local grader puts at the
 _HEAD = re.compile(r"patch applied\n(?:put back: .*\n)*" + UNPARSED)
 _GIT = re.compile(r'^diff --git "?a/(?P<same>.+?)"? "?b/(?P=same)"?$|^(?:rename|copy) (?:from|to) (?P<moved>.+)$', re.M)
 _PLAIN = re.compile(r'^--- "?([^\t\n]+?)"?(?:\t.*)?\r?\n\+\+\+ "?([^\t\n]+?)"?(?:\t.*)?\r?\n@@ ', re.M)
+_SECTION = re.compile(r"^_+ ([^_\s].*?) _+$", re.M)  # pytest's headings: a test's name, or ERROR collecting PATH
 _IMPORT = re.compile(  # what pytest and unittest say of a test file that they could not import
     r"^(?:E +|\w+: )?(?:SyntaxError|IndentationError|TabError|ImportError|ModuleNotFoundError)\b"
     r"|^(?:_+ )?ERROR (?:collecting )?[^\s:]+(?: - .*| _+)?$|^ImportError while ",
@@ -84,13 +85,20 @@ def breaks_code(verdict: dict) -> bool:
     """Whether the patch breaks syntax or import: see broken_code in the module's docstring."""
     if _HEAD.match(verdict["log"]):
         return True
-    status = verdict["tests_status"]["PASS_TO_PASS"]
+    log, status = verdict["log"], verdict["tests_status"]["PASS_TO_PASS"]
     of = {end: {name.split("::")[0] if "::" in name else "" for name in status[end]} for end in ("success", "failure")}
     lost = of["failure"] - of["success"]  # files, or "" for all tests whose names do not say
-    return bool(lost) and any(
-        not match[0].startswith(("ERROR ", "_")) or any(path in match[0] for path in lost)
-        for match in _IMPORT.finditer(verdict["log"])
-    )
+    return bool(lost) and any(_is_about(match, log, lost) for match in _IMPORT.finditer(log))
+
+
+def _is_about(match: re.Match, log: str, lost: set[str]) -> bool:
+    """Whether a line that tells of a failed import tells of one of the files `lost`."""
+    line = match[0]
+    if line.startswith("E ") and (heads := _SECTION.findall(log, 0, match.start())):  # pytest: under whose heading?
+        line = heads[-1]
+        if not line.startswith("ERROR "):  # a test that failed with an ImportError of its own
+            return False
+    return not line.startswith(("ERROR ", "_")) or any(path in line for path in lost)
 
 
 def files_of(patch: str) -> set[str]:

@@ -75,7 +75,11 @@ def label_nll(model: Any, data: list[Labelled], tree: bool, max_rows: int, head_
             for batch in [] if full else processes.share(batches, attention):
                 np.add.at(sums[-1], batch.weights.astype(int), token_losses(base, batch, head_rows))
                 rows += batch.n_rows
-        except RuntimeError:  # out of memory, however CUDA says it
+        except RuntimeError as error:  # out of memory, however CUDA says it
+            if not any(word in str(error).lower() for word in ("memory", "alloc")):
+                raise
+            print("warning: out of memory: the loss of single labels is not measured (a smaller --tokens-per-batch may do)",
+                  file=sys.stderr)
             full = True
     # every process gets here, or the others would wait for ever
     flat = processes.total([number for of in sums for number in of.tolist()] + [rows, float(full)])

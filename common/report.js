@@ -489,8 +489,7 @@ function shiftOf(run) {
     parts.push(paragraph("Dashed and hollow: before training. Solid: after it. Squares: histories that the teacher " +
       "alone made; circles: histories with student turns.", "small"));
   } else {
-    parts.push(paragraph("The likelihood of labels was not measured in this run: there is no adapter/label_nll.jsonl.",
-      "note"));
+    parts.push(paragraph("The likelihood of labels was not measured in this run (03_train.py --measure).", "note"));
   }
   return [...parts, ...agreement(run), shiftTable(run)];
 }

@@ -29,6 +29,7 @@ from common.errors import InputError, StageError
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = 16384  # open at once: a worker has up to a dozen
+NOTE_SECONDS = 20.0
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "swebench", "openai", "vllm")
 
 
@@ -180,7 +181,8 @@ class Stage:
             self.manifest = json.loads(self.manifest_path.read_text())
             self._refuse_other_work(json.loads(json.dumps(same)))
         self.done = bool(self.manifest.get("finished"))
-        self.began = time.time()
+        self.began = self.noted = time.time()
+        self.before = self.manifest.get("seconds", 0.0)  # that earlier calls took for this work
         self.log = _logger(log_path)
         if not self.done:
             self.manifest = {
@@ -193,6 +195,7 @@ class Stage:
                 "packages": {name: _version(name) for name in PACKAGES},
                 "python": sys.version.split()[0],
                 "started": self.manifest.get("started", time.time()),
+                "seconds": self.before,
             }
             self._write()
 
@@ -212,12 +215,20 @@ class Stage:
             print(f"warning: {self.out} was started by commit {self.manifest['commit'][:9]}, this is {commit[:9]}",
                   file=sys.stderr)
 
+    def note_time(self) -> None:
+        """Note the seconds so far, now and then: what a killed call took is to be counted, too."""
+        if time.time() - self.noted > NOTE_SECONDS:
+            self.noted = time.time()
+            self.manifest["seconds"] = self.before + self.noted - self.began
+            self._write()
+
     def finish(self, summary: dict) -> None:
-        """Note the end, seconds and peak memory of this call, and the summary in the manifest; print the summary line."""
+        """Note the end, the seconds of all calls, peak memory of this one, and the summary in the manifest; print the
+        summary line."""
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1 << 20)
         self.manifest |= {
             "finished": time.time(),
-            "seconds": time.time() - self.began,
+            "seconds": self.before + time.time() - self.began,
             "peak_memory_mb": round(memory),
             "summary": summary,
         }

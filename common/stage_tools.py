@@ -54,6 +54,7 @@ def run_jobs(
 
         def write(record: dict) -> None:
             output.append(record)
+            stage.note_time()
             add(postfix(record))
 
         def failed(job, error: InfraError) -> None:
@@ -98,16 +99,26 @@ def token_counter(*policies) -> Callable[[str], int]:
     return lambda text: math.ceil(len(text.encode()) / 4)
 
 
+def grades_of(trajectories: str | Path) -> Path:
+    """The results.jsonl of the grades beside a file of trajectories; InputError that says how to make it where it is missing."""
+    path = Path(trajectories).parent / "grades/results.jsonl"
+    if not path.is_file():
+        raise InputError(f"{path} is missing: {_how_to_grade(trajectories)}")
+    return path
+
+
+def _how_to_grade(trajectories: str | Path) -> str:
+    home = Path(trajectories).parent
+    return f"04_eval.py --tasks TASKS --trajectories {trajectories} --out {home}/grades makes it"
+
+
 def resolved(trajectories: str | Path, trajectory_ids: Iterable[str]) -> set[str]:
     """Those of the ids that resolved their task, as the file of their trajectories was graded into `grades` beside it.
 
     Raises InputError where the file is not graded, or what was graded is not what it holds now.
     """
-    home, ids = Path(trajectories).parent, set(trajectory_ids)
-    path, manifest = home / "grades/results.jsonl", home / "grades/manifest.json"
-    how = f"04_eval.py --tasks TASKS --trajectories {trajectories} --out {home}/grades makes it"
-    if not path.is_file():
-        raise InputError(f"{path} is missing: {how}")
+    path, ids, how = grades_of(trajectories), set(trajectory_ids), _how_to_grade(trajectories)
+    manifest = path.with_name("manifest.json")
     graded = json.loads(manifest.read_text())["same"].get("trajectories") if manifest.is_file() else None
     if graded and graded != run.hash_file(trajectories):
         raise InputError(f"{path} is of other trajectories than {trajectories} holds now: {how}, with --overwrite")

@@ -57,7 +57,7 @@ def make_run(home: Path, base: str, rates=(0.25, 0.5), aggregate="current", kwar
                  {"tasks": "toy:train", "sample": 2, "mix": "turn", "schedule": "linear:2", "beta": None},
                  {"teacher": {"model": "oracle"}, "student": policy, "prompts": ["toy-1"], "limits": LIMITS},
                  {"trajectories": 2, "beta": 1.0 / number, "teacher_turn_share": 0.7})  # fmt: skip
-        manifest(here / "labels.jsonl.manifest.json", {}, {}, {"agree": 0.75})
+        manifest(here / "labels.jsonl.manifest.json", {}, {"teacher": {"model": "oracle"}}, {"agree": 0.75})
         adapter(base, here / "adapter", seed=number)
         union = range(1, number + 1) if aggregate == "union" else [number]
         data, files = [home / f"iter_{n:03d}" for n in union], ("trajectories.jsonl", "labels.jsonl")
@@ -242,13 +242,20 @@ def test_labels_that_were_left_out_stay_out(tmp_path):
 def test_the_card_says_which_labels_were_chosen_and_how_many_steps(tmp_path):
     home = make_run(tmp_path / "run", tiny.model_dir(tmp_path), settings={"steps_per_epoch": 44})
     plain = (give(home, "peft", tmp_path / "plain") / "README.md").read_text()
+    assert "longer and left out: 0 |" in plain and "| teacher | oracle (the scripted expert of the embedded tasks) |" in plain
     assert "44 in each epoch" in plain and "| labels | 10 of iterations 1, 2 |" in plain
     for number, most in ((1, 40), (2, 30)):
         path = home / f"iter_00{number}/labels.jsonl.manifest.json"
         content = json.loads(path.read_text())
         content["settings"] |= {"keep": "resolved", "label_states": "uncertain:0.5", "max_labels": most}
+        content["same"]["teacher"] = {"model": "openai:big"}  # who labelled counts, whoever acted
         path.write_text(json.dumps(content))
+    path = home / "iter_001/adapter/manifest.json"
+    content = json.loads(path.read_text())
+    content["summary"]["labels_too_long"] = 3
+    path.write_text(json.dumps(content))
     card = (give(home, "peft", tmp_path / "chosen") / "README.md").read_text()
+    assert "longer and left out: 3 |" in card and "| teacher | openai:big |" in card
     assert "; those of resolved trajectories alone; --label-states uncertain:0.5; at most 40; 30 in an iteration |" in card
 
 

@@ -68,6 +68,34 @@ def same_but_cached(path):
     return [{k: v for k, v in record.items() if k not in ("source", "tokens")} for record in timeless(path)]
 
 
+# ---------------------------------------------------------------- a budget of labels
+
+
+def test_max_labels_counts_those_that_are_good(student, tmp_path):
+    """The teacher talks instead of acting at about every third state: others are asked until there are as many as wanted."""
+    collect(tmp_path / "trajectories.jsonl", student, "oracle", "--beta", 0)
+
+    def answer(handler):
+        name = hashlib.sha256(json.dumps(handler.body["messages"]).encode()).digest()
+        return good("Let me think." if name[0] % 3 == 0 else JUNK[0])
+
+    server, found = Server(answer), {}
+    try:
+        for name, most in (("few", 12), ("all", None)):
+            more = ["--max-labels", most] if most else []
+            done = relabel(tmp_path, f"openai:m@{server.url}", *more, name=f"{name}.jsonl")
+            records = list(jsonl.read(tmp_path / f"{name}.jsonl", "label"))
+            found[name] = {(r["trajectory_id"], r["turn"]): r["valid"] for r in records}
+            assert summary(done)["invalid"] == str(sum(not r["valid"] for r in records))
+    finally:
+        server.stop()
+    good_of = {name: sum(valid.values()) for name, valid in found.items()}
+    assert good_of["few"] == 12 < len(found["few"]) and good_of["all"] > 12  # some were spoilt, and made up for
+    assert found["few"].items() <= found["all"].items()
+    order = [(r["trajectory_id"], r["turn"]) for r in jsonl.read(tmp_path / "few.jsonl")]
+    assert order == [key for key in found["all"] if key in found["few"]]  # written in the order of trajectories and turns
+
+
 # ---------------------------------------------------------------- the cache
 
 

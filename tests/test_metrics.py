@@ -137,6 +137,9 @@ def test_circles_of_commands(commands, mode):
 @pytest.mark.parametrize("passed, log, broken", [
     ([], "ERROR tests/test_a.py - ImportError: cannot import name 'x'\n", True),  # pytest -rA, as SWE-bench runs it
     ([], "____ ERROR collecting tests/test_a.py ____\nE   NameError: name 'x' is not defined\n", True),
+    ([], "____ ERROR collecting tests/test_a.py ____\n_ _ _ _\nE   ImportError: cannot import name 'x'\n", True),
+    ([], "____ ERROR collecting tests/test_b.py ____\nE   ImportError: cannot import name 'x'\n", False),
+    ([], "____ test_new ____\nE   ImportError: no x\n____ test_two ____\nE   AssertionError\n", False),  # of a test alone
     ([], "ERROR tests/test_b.py - ImportError: no x\n", False),  # another file, and no test of it passed before
     (["tests/test_a.py::one"], "ERROR tests/test_a.py\n", False),
     ([], "ImportError while loading conftest '/testbed/conftest.py'.\n", True),

@@ -108,6 +108,21 @@ def test_same_work_goes_on_and_other_work_is_refused(tmp_path):
     assert not run.Stage(out, args, other, overwrite=True).done
 
 
+def test_seconds_are_those_of_all_calls(tmp_path, monkeypatch):
+    """A call that was killed has noted its time; one that goes on adds to it."""
+    now = [1000.0]
+    monkeypatch.setattr(run.time, "time", lambda: now[0])
+    stage = run.Stage(str(tmp_path / "t.jsonl"), Args("x"), {})
+    for second in (1010.0, 1100.0, 1105.0):  # the last one is too soon after the one before, and goes unnoted
+        now[0] = second
+        stage.note_time()
+    now[0] = 5000.0
+    again = run.Stage(str(tmp_path / "t.jsonl"), Args("x"), {})
+    now[0] = 5007.0
+    again.finish({})
+    assert json.loads(again.manifest_path.read_text())["seconds"] == 107.0
+
+
 def test_manifest_says_how_it_was_made(tmp_path):
     stage = run.Stage(str(tmp_path / "t.jsonl"), Args("x"), {"seed": 1})
     content = json.loads(stage.manifest_path.read_text())

@@ -304,6 +304,8 @@ def test_a_prefix_of_the_student_then_the_teacher(student, tmp_path):
     (["--mix", "prefix", "--prefix-turns", "0:3", "--beta", "0.5"], "--mix prefix has no beta"),
     (["--mix", "prefix", "--prefix-turns", "3", "--student", "oracle"], "is not START:GROWTH"),
     (["--mix", "prefix", "--prefix-turns", "2:0"], "--student is missing, and with a prefix of up to 2 turns it acts"),
+    (["--mix", "teacher", "--teacher", "oracle", "--beta", "0.3"], "--mix teacher is beta 1, and --beta or --schedule say 0.3"),
+    (["--mix", "student", "--student", "oracle", "--schedule", "paper"], "--mix student is beta 0, and"),
     (["--mix", "teacher", "--teacher", "oracle,noise=2"], "noise is the share of wrong turns"),
     (["--mix", "teacher", "--teacher", "oracle,luck=0.5"], "wanted oracle[,noise=P]"),
 ])  # fmt: skip

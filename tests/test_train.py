@@ -711,7 +711,7 @@ def test_only_what_resolved_its_task_is_trained_on(tmp_path, home):
     data = tmp_path / "iter"
     write(data, records, [label(r, turn) for r in records for turn in range(3)])
     common = ("--data", data, "--model", home / "base", "--keep", "resolved", "--dry-run", "--out", tmp_path / "out")
-    with pytest.raises(InputError, match="grades/results.jsonl"):
+    with pytest.raises(InputError, match="grades/results.jsonl is missing: 04_eval.py --tasks TASKS"):
         script(*common)
     (data / "grades").mkdir()
 
