@@ -478,16 +478,20 @@ function shiftOf(run) {
     && one.shift.some((row) => known(row.before) || known(row.after)));
   const parts = [];
   if (measured.length) {
-    const overall = (one, history) => one.shift.find((row) => row.history === history && row.turn === null);
+    // An untrained student knows nothing of all this: its values would press all others to the floor.
+    const untrained = (one) => one.number === 1 && measured.length > 1;
+    const overall = (one, history, when) => (when === "before" && untrained(one) ? null
+      : one.shift.find((row) => row.history === history && row.turn === null));
     parts.push(make("div.panels", figure("All turns, by iteration",
       shiftOptions(measured.map((one) => one.number), "iteration",
-      (history, number, when) => value(overall(measured.find((one) => one.number === number), history), when))),
+      (history, number, when) => value(overall(measured.find((one) => one.number === number), history, when), when))),
       ...measured.map((one) => figure(`Iteration ${one.number}, by turn`,
         shiftOptions([...new Set(one.shift.map((row) => row.turn).filter(known))].sort((a, b) => a - b), "turn",
         (history, turn, when) => value(one.shift.find((row) => row.history === history && row.turn === turn), when),
-        measured)))));
+        measured.filter((other) => untrained(other) === untrained(one)))))));
     parts.push(paragraph("Dashed and hollow: before training. Solid: after it. Squares: histories that the teacher " +
-      "alone made; circles: histories with student turns.", "small"));
+      "alone made; circles: histories with student turns." + (measured.some(untrained) ? " Iteration 1 was " +
+      "collected before any training: it has a scale of its own, and on the left only what came after." : ""), "small"));
   } else {
     parts.push(paragraph("The likelihood of labels was not measured in this run (03_train.py --measure).", "note"));
   }
@@ -506,8 +510,12 @@ function shiftOptions(xs, title, valueOf, all) {
         ({ x, y: found.y,
           text: `${title} ${x}, ${HISTORIES[history]}, ${when}: ${found.y.toFixed(3)} (${found.text})` }));
       if (points.length) series.push({ colour, shape, dashed: when === "before", hollow: when === "before",
-        label: `${HISTORIES[history]}, ${when}`, points });
+        label: "", points });
     }
+  for (const colour of ["cs", "ct"]) { // one name for the two lines of a history
+    const lines = series.filter((one) => one.colour === colour);
+    if (lines.length) lines[lines.length - 1].label = HISTORIES[colour === "cs" ? "student" : "teacher"];
+  }
   const tops = all ? all.flatMap((one) => one.shift.filter((row) => known(row.turn))
     .flatMap((row) => [row.before, row.after])) : series.flatMap((one) => one.points.map((point) => point.y));
   return { name: `Negative log-likelihood of labels by ${title}`, x: span(xs, title),
