@@ -7,7 +7,8 @@ The episode did not end by submitting (whatever its patch is worth):
 * repeated_command: it ended at another limit, and its last commands go in a circle: one command three times in a row,
   or several gone through twice in the same order, up to the last one (A B A B, A B C A B C, ...). Equal means equal
   text, whatever was printed; a turn without a command is no part of a circle.
-* turn_limit, context_limit, token_limit, time_limit: the other ends, as the trajectory's exit_status has them.
+* turn_limit, context_limit, token_limit, time_limit: it came to that limit (of turns, tokens of context, generated tokens,
+  seconds), and not in a circle.
 
 It was submitted, or all that we have is a patch (--predictions):
 * no_patch: nothing was changed.
