@@ -135,7 +135,9 @@ def work(args: Args) -> None:
     (out / "logs").mkdir(exist_ok=True)
     official_tasks = {name for name, grader in graders.items() if grader == "swebench"}
     if official_tasks and (student or any(patch_of(r).strip() for r in given if r["instance_id"] in official_tasks)):
-        docker_engine.connect()  # now, not after hours of rolling out
+        images = docker_engine.images()  # now, not after hours of rolling out
+        images.evict = args.evict_images
+        images.wanted |= {rows[name]["image"] for name in official_tasks}
 
     if student:
         meter.open(args.overwrite)

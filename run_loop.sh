@@ -123,7 +123,8 @@ for ((i = 1; i <= ITERATIONS; i++)); do
 
     # With KEEP=resolved: which of these trajectories resolved their task?
     [ "$KEEP" = all ] || stage relabel "iteration $i: grade" 04_eval.py --tasks "$TASKS" \
-        --trajectories "$dir/trajectories.jsonl" --iteration "$i" --out "$dir/grades" --workers "$WORKERS"
+        --trajectories "$dir/trajectories.jsonl" --iteration "$i" --out "$dir/grades" --workers "$WORKERS" \
+        $([[ $AGENT_FLAGS != *--evict-images* ]] || echo --evict-images)
 
     # 2. The teacher's action at every state that was visited
     stage relabel "iteration $i: relabel" 02_relabel.py --trajectories "$dir/trajectories.jsonl" --teacher "$TEACHER" \

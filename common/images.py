@@ -12,7 +12,9 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Iterator
 
+from common.embedded import cache_dir
 from common.errors import InfraError
 
 GIGABYTE = 1 << 30
@@ -26,7 +28,7 @@ class Images:
     """The images of one engine, for all threads of this process."""
 
     def __init__(self, client, evict: bool = False):
-        """evict: when room is short, remove images (of a registry) whose tasks are finished."""
+        """evict: when room is short, remove images that were pulled here, by this stage or an earlier one, and are not in use."""
         self.client, self.evict = client, evict
         info = client.info()
         self.root = info.get("DockerRootDir", "")
@@ -34,6 +36,8 @@ class Images:
         self.lock = threading.Lock()
         self.pulling: dict[str, threading.Lock] = {}
         self.users: dict[str, int] = {}  # image -> open sandboxes; those with 0 are of finished tasks
+        self.wanted: set[str] = set()  # of this stage's tasks, begun or not
+        self.pulled = cache_dir() / "pulled_images"  # one a line: what any process of this user has pulled
         self.missing: dict[str, str] = {}  # image -> why it cannot be had
 
     def use(self, image: str, who: str) -> str:
@@ -59,6 +63,15 @@ class Images:
             self.leave(image)
             raise
 
+    @contextlib.contextmanager
+    def held(self, image: str, who: str) -> Iterator[str]:
+        """use() and leave() around a block."""
+        found = self.use(image, who)
+        try:
+            yield found
+        finally:
+            self.leave(image)
+
     def leave(self, image: str) -> None:
         """Say that a sandbox no longer uses its image."""
         with self.lock:
@@ -73,7 +86,11 @@ class Images:
         for attempt in range(TRIES):
             try:
                 with PULLS:
-                    return self.client.images.pull(image)
+                    found = self.client.images.pull(image)
+                self.pulled.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.pulled, "a", encoding="utf-8") as names:
+                    names.write(f"{image}\n")
+                return found
             except (docker.errors.APIError, requests.RequestException) as error:
                 why = " ".join(str(getattr(error, "explanation", None) or error).split())[-300:]
                 if isinstance(error, docker.errors.NotFound) or re.search("denied|not found|manifest unknown", why):
@@ -98,8 +115,11 @@ class Images:
         if free is None or free >= LOW_DISK:
             return
         if self.evict:
+            earlier = self.pulled.read_text(encoding="utf-8").splitlines() if self.pulled.exists() else []
             with self.lock:
-                idle = [image for image, users in self.users.items() if not users]
+                idle = [image for image in dict.fromkeys([*earlier, *self.users]) if not self.users.get(image)]
+                # last, those that tasks of this stage still wait for; the engine itself refuses what another process runs
+                idle.sort(key=lambda image: image in self.wanted and image not in self.users)
             for image in idle:
                 with contextlib.suppress(docker.errors.DockerException):
                     if self.client.images.get(image).attrs.get("RepoDigests"):  # what was built here cannot be had again
@@ -107,8 +127,8 @@ class Images:
                 if self.free() >= LOW_DISK:
                     return
         raise InfraError(f"{who}: {free / GIGABYTE:.1f} GB are free at {self.root}, and no image is pulled below "
-                         f"{LOW_DISK // GIGABYTE} GB" + ("" if self.evict else "; --evict-images removes those of "
-                                                         "finished tasks"))  # fmt: skip
+                         f"{LOW_DISK // GIGABYTE} GB" + ("" if self.evict else "; --evict-images removes those "
+                                                         "that are not in use"))  # fmt: skip
 
     def check(self, wanted: list[str]) -> list[str]:
         """Which of these images are neither here nor in their registry; says so on stderr, one line each."""

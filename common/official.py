@@ -42,7 +42,7 @@ import threading
 from importlib import metadata
 from pathlib import Path
 
-from common import grading, run
+from common import docker_engine, grading, run
 from common.errors import InfraError, InputError
 from common.repositories import ADDED
 
@@ -119,8 +119,9 @@ def grade(row: dict, patch: str, home: Path, *, timeout: float = TIMEOUT) -> dic
     for more in reversed(range(TRIES)):
         if _report(files, instance) is None:
             shutil.rmtree(files, ignore_errors=True)  # of a run that was interrupted: nothing of it is ours
-            try:
-                code = _run_harness(home, run_id, timeout)
+            try:  # pulled with our patience and with room made for it, not by the harness
+                with docker_engine.images().held(row["image"], instance):
+                    code = _run_harness(home, run_id, timeout)
             finally:
                 remove_containers([run_id])
         output, events = _text(files / "test_output.txt"), _text(files / "run_instance.log")

@@ -89,9 +89,11 @@ def prepare(rows: list[dict], kind: str, *, check_images: bool = False, evict_im
     if "docker" in kinds:
         from common import docker_engine
 
+        wanted = [row["image"] for row, kind in zip(rows, kinds) if kind == "docker"]
         docker_engine.images().evict = evict_images
+        docker_engine.images().wanted |= set(wanted)
         if check_images:
-            docker_engine.images().check([row["image"] for row, kind in zip(rows, kinds) if kind == "docker"])
+            docker_engine.images().check(wanted)
 
 
 def open_sandbox(row: dict, kind: str = "auto", command_timeout: float = 30.0, *, network: bool = False,

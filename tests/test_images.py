@@ -85,7 +85,8 @@ class Registry:
 
 
 @pytest.fixture
-def registry():
+def registry(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     if docker_images.why_not():
         pytest.skip(docker_images.why_not())
     return Registry()
@@ -172,3 +173,31 @@ def test_room_on_the_disk(registry, client, monkeypatch):
     client.images.get(docker_images.BASE)  # built here: it could not be had again
     free[0] = 20 * GIGABYTE
     evicting.use(new, "t")
+
+
+def test_room_is_made_of_what_earlier_stages_pulled(registry, client, monkeypatch):
+    """Every stage is a process of its own; a disk that iteration 1 filled must not stop iteration 2."""
+    import docker
+
+    earlier, wanted, new = (registry.image(name) for name in ("earlier", "wanted", "new"))
+    Images(client).use(earlier, "t")
+    Images(client).use(wanted, "t")
+    images = Images(client, evict=True)
+    images.wanted = {wanted, new}
+    free, removed = [GIGABYTE], []
+    monkeypatch.setattr(Images, "free", lambda self: free[0])
+    collection = type(client.images)
+    remove = collection.remove
+
+    def removing(self, image):
+        remove(self, image)
+        removed.append(image)
+        free[0] += 12 * GIGABYTE
+
+    monkeypatch.setattr(collection, "remove", removing)
+    images.use(new, "t")
+    monkeypatch.undo()
+    assert removed == [earlier]  # what this stage has still to run stays as long as it can
+    client.images.get(wanted)
+    with pytest.raises(docker.errors.ImageNotFound):
+        client.images.get(earlier)
