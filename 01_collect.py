@@ -99,7 +99,7 @@ def work(args: Args) -> None:
     from common.chat import harmless
     from common.errors import InputError
 
-    stage_tools.check_counts(args, "iteration", "attempts", "workers", "slots", "max_turns")
+    stage_tools.check_counts(args, "iteration", "attempts", "workers", "slots", "max_turns", "sample", "limit")
     if args.beta is not None and args.schedule is not None:
         raise InputError("give --beta or --schedule, not both")
     if (args.mix == "prefix") != (args.prefix_turns is not None):
@@ -157,13 +157,13 @@ def work(args: Args) -> None:
         output.remove()
     if stage.done and output.finished:
         return stage.say_done()
-    output.open()
+    output.open(stage.resumed)
     meter.open(args.overwrite)
     if "teacher" in policy:
         policy["teacher"] = meter.watch(policy["teacher"])
 
     show = agent.Show() if args.show else None
-    count = stage_tools.token_counter(*(policy[who] for who in reversed(schema.ACTORS) if who in policy))
+    count = stage_tools.token_counter(stage, *(policy[who] for who in schema.ACTORS if who in policy))
     if args.inline:
         labeller = labels.Labeller(policy["teacher"], cache.Cache(args.cache), args.seed, count)
         beside = ThreadPoolExecutor(args.workers)

@@ -131,7 +131,7 @@ def work(args: Args) -> None:
     from common import actions, cache, cost, jsonl, labels, policies, stage_tools
     from common.errors import InputError
 
-    stage_tools.check_counts(args, "workers", *(["max_labels"] if args.max_labels is not None else []))
+    stage_tools.check_counts(args, "workers", "max_labels")
     trajectories = {}
     for path in args.trajectories:
         for record in jsonl.read(path, "trajectory"):
@@ -174,10 +174,11 @@ def work(args: Args) -> None:
         output.remove()
     if stage.done and output.finished:
         return stage.say_done()
-    output.open()
+    output.open(stage.resumed)
     meter.open(args.overwrite)
     answers = cache.Cache(args.cache, args.fresh)
-    labeller = labels.Labeller(meter.watch(teacher), answers, args.seed, stage_tools.token_counter(teacher))
+    count = stage_tools.token_counter(stage, stage_tools.RecordedStudent(recorded["student"]), teacher)
+    labeller = labels.Labeller(meter.watch(teacher), answers, args.seed, count)
 
     def label(trajectory: dict, turn: int, state: list[dict], executed: dict) -> dict:
         """The teacher's action at one visited state."""

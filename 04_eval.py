@@ -148,7 +148,7 @@ def work(args: Args) -> None:
         lines = [{"instance_id": r["instance_id"], "model_name_or_path": name, "model_patch": r["patch"]} for r in given]
         jsonl.write_atomically(out / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
-    output.open()
+    output.open(stage.resumed)
     results, left = grade_all(args, stage, output, rows, graders, given)
     summary = measure(rows, results, infra_errors=left + (len(rows) - len(given) if student else 0))
     summary |= meter.summary()
@@ -162,7 +162,7 @@ def roll_out(args: Args, stage, rollouts, student, meter, rows: dict[str, dict])
     from common import agent, stage_tools
 
     rollouts.open()
-    count = stage_tools.token_counter(student)
+    count = stage_tools.token_counter(stage, student)
     described = student.describe()
 
     def collect(job: tuple[str]) -> list[dict]:

@@ -56,6 +56,7 @@ bad() { echo "$1" >&2; exit 2; }
 [[ $MAX_LABELS =~ ^([1-9][0-9]*(,[1-9][0-9]*)*)?$ ]] || bad "MAX_LABELS is N, or N1,N2,... for one iteration after the other, not $MAX_LABELS"
 [ "$INLINE" = 0 ] || [ "$KEEP$LABEL_STATES$MAX_LABELS" = allall ] ||
     bad "INLINE=1 asks for the label of every turn of the student: it does not go with KEEP, LABEL_STATES or MAX_LABELS"
+[[ $STUDENT != *,adapter=* ]] || bad "STUDENT is the base that every iteration's adapter is for, without an adapter= of its own"
 for name in ${STAGES//,/ }; do
     [[ $name =~ ^(baseline|collect|relabel|train|eval|report|test)$ ]] ||
         bad "STAGES is some of baseline,collect,relabel,train,eval,report,test, and $name is none of them"

@@ -35,7 +35,8 @@ class AgentFlags:
     max_new_tokens: int = 64
     """tokens that one turn may take"""
     time_limit: float = 600.0
-    """seconds after which a trajectory ends as time_limit (waiting for a slot does not count)"""
+    """seconds of answers and commands after which a trajectory ends as time_limit (waiting for a server's place, another
+    try or a slot does not count)"""
     command_timeout: float = 20.0
     """seconds that one command may take"""
     slots: int = 2 * (os.cpu_count() or 1)
@@ -47,7 +48,7 @@ class AgentFlags:
     check_images: bool = False
     """first list the images that are neither here nor in their registry"""
     evict_images: bool = False
-    """when the disk is nearly full, remove pulled images whose tasks are finished"""
+    """when the disk is nearly full, remove images that were pulled here and are not in use"""
 
     def limits(self) -> dict:
         """What of these makes it the same work (run.Stage)."""
@@ -83,8 +84,8 @@ def rollout(
 
     for message in prompts.opening(row):
         store(message | {"content": harmless(message["content"])})
-    slots, waited = _slots(flags.slots), 0.0
-    started, generated, without_command = time.monotonic(), 0, 0
+    slots = _slots(flags.slots)
+    spent, generated, without_command = 0.0, 0, 0  # seconds, tokens, turns in a row
     status = "turn_limit"
     try:
         for turn in range(flags.max_turns):
@@ -93,6 +94,7 @@ def rollout(
             except ContextLimit:
                 status = "context_limit"
                 break
+            spent += answer.seconds
             text = harmless(answer.text)
             command = actions.parse(text)
             store(
@@ -114,10 +116,9 @@ def rollout(
                 break
             without_command = 0 if command else without_command + 1
             if command:
-                asked = time.monotonic()
                 with slots:
-                    waited += time.monotonic() - asked
                     result = box.run(command)
+                spent += result.seconds
                 store(
                     {
                         "role": "user",
@@ -144,7 +145,7 @@ def rollout(
             if generated >= flags.max_tokens:
                 status = "token_limit"
                 break
-            if time.monotonic() - started - waited >= flags.time_limit:
+            if spent >= flags.time_limit:
                 status = "time_limit"
                 break
         with slots:

@@ -20,7 +20,7 @@ class HfPolicy(Plain):
         given = dict(option.split("=", 1) for option in options)
         self.adapter = given.pop("adapter", None)
         self.quant = given.pop("quant", None) or models.trained_on(self.adapter)
-        if given or not self.model:
+        if given or not self.model or len({option.split("=")[0] for option in options}) < len(options):
             raise InputError(f"hf:{rest}: wanted hf:MODEL[,adapter=DIR][,quant=nf4|none]")
         if self.quant not in ("nf4", "none"):
             raise InputError(f"hf:{rest}: quant={self.quant} is neither nf4 nor none")

@@ -65,21 +65,32 @@ class Output:
         return self.path.exists()
 
     def remove(self) -> None:
-        """Forget what an earlier run wrote (--overwrite)."""
-        for path in (self.path, self.part):
+        """Forget what an earlier run wrote (--overwrite). Raises InputError if another process is writing it."""
+        if self.part.exists():
+            self._lock()
+            self.close()
+        for path in (self.path, self.part, Path(f"{self.path}.infra.jsonl")):
             path.unlink(missing_ok=True)
 
-    def open(self) -> None:
-        """Take up FILE.part where it was left. Raises InputError if another process is writing it."""
+    def _lock(self) -> None:
         # Unbuffered: what a full disk refused must not come out of a buffer later, in the middle of another line.
         self.stream = open(self.part, "a+b", buffering=0)
         try:
             fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.stream.close()
+            self.close()
             raise InputError(
                 f"{self.part}: another process is writing this file; wait for it or give another --out"
             ) from None
+
+    def open(self, resumed: bool = False) -> None:
+        """Take up FILE.part where it was left. Raises InputError if another process is writing it.
+
+        resumed: this work was begun before. Then a whole FILE is its own: it was finished, but not yet noted as such.
+        """
+        if resumed and self.finished and not self.part.exists():
+            os.replace(self.path, self.part)
+        self._lock()
         with open(self.part, "rb") as lines:
             self.stream.truncate(self._index(lines))
 

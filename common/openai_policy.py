@@ -116,7 +116,7 @@ class OpenAIPolicy(Plain):
                 self.places.put_nowait(client)
 
     async def _act(self, messages: list[dict], seed: int, episode: str) -> Answer:
-        """Wait for a place in flight, then ask until there is an answer; the time counts from there."""
+        """Wait for a place in flight, then ask until there is an answer; the time of an answer is that of the try that gave it."""
         if self.places is None:
             self._open()
         places = self.places
@@ -124,9 +124,10 @@ class OpenAIPolicy(Plain):
         try:
             started, jitter = time.monotonic(), random.Random(seed)
             for number in range(1, TRIES + 1):
+                begun = time.monotonic()
                 try:
                     answer = await self._ask(client, messages, seed, episode)
-                    answer.seconds = time.monotonic() - started
+                    answer.seconds = time.monotonic() - begun
                     return answer
                 except _Again as again:
                     wait = again.after
@@ -206,8 +207,9 @@ class OpenAIPolicy(Plain):
         if finish in ("abort", "error"):  # the server broke off
             raise _Again(f"finish_reason {finish}")
         tokens_in = usage.get("prompt_tokens")
-        if self.max_context and tokens_in and tokens_in > self.max_context - 1:
-            limit = ContextLimit(f"{tokens_in} tokens, and --max-context is {self.max_context}")
+        longest = (tokens_in or 0) + max(usage.get("completion_tokens") or 0, 1)  # 03_train.py would leave out more than that
+        if self.max_context and tokens_in and longest > self.max_context:
+            limit = ContextLimit(f"{longest} tokens with the answer, and --max-context is {self.max_context}")
             limit.tokens = (tokens_in, cached or 0, usage.get("completion_tokens") or 0)
             raise limit
         reasoning = message.get("reasoning_content") or message.get("reasoning") or None

@@ -191,6 +191,11 @@ def _fill(template: Template, row: dict, source) -> None:
         _commit(template, [])
 
 
+def is_git(source: Path) -> bool:
+    """Whether a directory is a git repository, bare or with a work tree."""
+    return source.is_dir() and _git_directory(source) is not None
+
+
 def _git_directory(source: Path) -> Path | None:
     for git_dir in (source / ".git", source):
         if git_dir.is_file() or (git_dir / "HEAD").is_file() and (git_dir / "objects").is_dir():

@@ -73,7 +73,7 @@ def _help(args_class: type, field: dataclasses.Field) -> str:
         if field.name in owner.__dict__.get("__annotations__", {}):
             text = _field_texts(owner).get(field.name, "")
             break
-    shown = field.default not in (dataclasses.MISSING, None, False)
+    shown = not any(field.default is nothing for nothing in (dataclasses.MISSING, None, False))
     return text.replace("%", "%%") + (f" (default: {field.default})" if shown else "")
 
 
@@ -96,6 +96,7 @@ def main(args_class: type, work: typing.Callable) -> typing.NoReturn:
     # On a CPU it recommends a package with a faster NF4 kernel, which has no backward pass.
     logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
     code = 1
+    same_command = "the same command" + (" without --overwrite" if getattr(args, "overwrite", False) else "")
     try:
         work(args)
         sys.stdout.flush()
@@ -108,12 +109,12 @@ def main(args_class: type, work: typing.Callable) -> typing.NoReturn:
     except StageError as error:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print(f"\nstopped; {same_command} goes on from here", file=sys.stderr)
     except OSError as error:
         if error.errno is None or error.filename is None and error.errno != 28:
             raise
         place = f"{error.filename}: " if error.filename else ""
-        print(f"error: {place}{error.strerror}; what was finished is kept, the same command goes on", file=sys.stderr)
+        print(f"error: {place}{error.strerror}; what was finished is kept, {same_command} goes on", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     if code == 0:
@@ -177,7 +178,8 @@ class Stage:
         except OSError as error:
             raise InputError(f"--out {out}: {error.strerror}") from None
         self.manifest = {}
-        if self.manifest_path.exists() and not overwrite:
+        self.resumed = self.manifest_path.exists() and not overwrite
+        if self.resumed:
             self.manifest = json.loads(self.manifest_path.read_text())
             self._refuse_other_work(json.loads(json.dumps(same)))
         self.done = bool(self.manifest.get("finished"))

@@ -84,7 +84,7 @@ def parse(rest: str) -> Spec:
     model, *options = re.split(r",(?=[a-z_]+=)", start)
     given = dict(option.split("=", 1) for option in options)
     names = {"adapter", "gpus", "util"}
-    if not model or set(given) - names or not all(given.values()):
+    if not model or set(given) - names or not all(given.values()) or len(given) < len(options):
         raise InputError(f"vllm:{rest}: wanted {FORM}")
     spec = Spec(model, args=args, **given)
     if spec.gpus and not re.fullmatch(r"\d+(\+\d+)*", spec.gpus):

@@ -22,8 +22,12 @@ if [ -x .venv/bin/pip ] && ! head -n 3 .venv/bin/pip | grep -qF "$(pwd -P)/.venv
 fi
 
 if [ "$(cat .venv/installed 2>/dev/null)" != "$want" ]; then
-    [ -x "$PYTHON" ] || "${PYTHON_FOR_VENV:-python3}" -m venv .venv
-    "$PYTHON" -c 'import sys; sys.exit("Python 3.11 or newer is needed: PYTHON_FOR_VENV=python3.11" if sys.version_info < (3, 11) else 0)'
+    new_enough='import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: PYTHON_FOR_VENV=python3.11")'
+    { [ -x "$PYTHON" ] && "$PYTHON" -c "$new_enough; import pip"; } 2>/dev/null || rm -rf .venv  # or what was left of a first try
+    if [ ! -d .venv ]; then
+        "${PYTHON_FOR_VENV:-python3}" -c "$new_enough"
+        "${PYTHON_FOR_VENV:-python3}" -m venv .venv || { rm -rf .venv; exit 1; }
+    fi
     echo "installing requirements.txt into .venv (a few minutes, once)" >&2
     pip() { "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@" >&2; }
     if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then

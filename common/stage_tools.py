@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Callable, Iterable
@@ -17,9 +18,9 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaini
 
 
 def check_counts(args, *names: str) -> None:
-    """Raise InputError unless every named flag is at least 1."""
+    """Raise InputError unless every named flag that is given is at least 1."""
     for name in names:
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
 
 
@@ -88,15 +89,40 @@ def beside_bar(sums: dict[str, float], seconds: float) -> str:
     return ", ".join(parts)
 
 
-def token_counter(*policies) -> Callable[[str], int]:
-    """Count the tokens of a text as the first policy that has a tokenizer does.
+def token_counter(stage, *policies) -> Callable[[str], int]:
+    """Count the tokens of a text as the first policy that has a tokenizer does; the manifest says which.
 
-    Where none has one (oracle and replay), four bytes are taken for a token: good for shares, not for bills.
+    Where none has one (oracle and replay), four bytes are taken for a token: good for shares, not for bills. What a server
+    itself counted is never counted again.
     """
     for policy in policies:
         if policy.count("a") is not None:
+            stage.manifest["tokens_counted_by"] = f"the tokenizer of {policy.name}"
             return policy.count
+    stage.manifest["tokens_counted_by"] = "bytes / 4"
     return lambda text: math.ceil(len(text.encode()) / 4)
+
+
+class RecordedStudent:
+    """The tokenizer of the student in a record: 02_relabel.py counts with it as 01_collect.py did."""
+
+    def __init__(self, student: dict | None):
+        self.name = (student or {}).get("model") or ""
+        self.tokenizer, self.lock = None, threading.Lock()  # tokenizers are not safe to share between threads
+
+    def count(self, text: str) -> int | None:
+        """None where its tokenizer is not to be had."""
+        kind, _, model = self.name.partition(":")
+        if kind != "hf":
+            return None
+        from common import models
+
+        with self.lock:
+            try:
+                self.tokenizer = self.tokenizer or models.load_tokenizer(model)[0]
+            except InputError:
+                return None
+            return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def grades_of(trajectories: str | Path) -> Path:

@@ -16,6 +16,7 @@ solvable in their images (its file swegym_verified_instances.json), the 100 with
 """
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,28 @@ def sample(rows: list[dict], count: int | None, iteration: int, seed: int) -> li
 
 
 def hash_rows(rows: list[dict]) -> str:
-    return run.hash_json(rows)
+    """Of the tasks' contents: what local repositories hold is a part of them, where they and interpreters lie is not."""
+    trees: dict[str, str] = {}
+
+    def contents(row: dict) -> dict:
+        local = row.get("local")
+        if not isinstance(local, dict) or not isinstance(local.get("source"), str):
+            return row
+        source = local["source"]
+        if source not in trees:  # of a git repository base_commit says it
+            trees[source] = "git" if repository.is_git(Path(source)) else _hash_tree(Path(source))
+        return row | {"local": {name: value for name, value in local.items() if name != "python"} | {"source": trees[source]}}
+
+    return run.hash_json([contents(row) for row in rows])
+
+
+def _hash_tree(source: Path) -> str:
+    """Of a tarball, or of the names and contents in a directory."""
+    if source.is_file():
+        return run.hash_file(source)
+    paths = sorted(path for path in source.rglob("*") if path.is_symlink() or path.is_file())
+    return run.hash_json([(str(path.relative_to(source)), os.readlink(path) if path.is_symlink() else run.hash_file(path))
+                          for path in paths])  # fmt: skip
 
 
 def held_out_ids() -> set[str]:

@@ -1,7 +1,8 @@
 """Run many pieces of work at once, keep failures of the machine apart from results, and try those again.
 
-The rule (DESIGN section 3): an InfraError is no result. It is noted, tried again in up to `retries` further rounds at
-the end, and after max(4, workers) such ends in a row the whole run stops with one message.
+The rule: an InfraError is no result. It is noted, and tried again in up to `retries` further rounds at the end. After
+max(4, workers) such ends in a row the whole run stops with one message; in the further rounds, which hold nothing else than
+what failed before, only if more is left than `max_infra` allows.
 """
 
 import queue
@@ -35,9 +36,10 @@ class Work:
         failed(item, error) after an InfraError. Returns how many items are still without a result. Raises StageError if those are more than `max_infra` of
         `total`, or if failures come in a row; any other exception of `do` ends the run at once.
         """
-        in_a_row = 0
-        for _ in range(1 + self.retries):
-            again = []
+        allowed = self.max_infra * max(self.total, len(items))
+        for number in range(1 + self.retries):
+            in_a_row, again = 0, []
+            few = number > 0 and len(items) <= allowed
             for what, item, value in self._each(items, do):
                 if what == "record":
                     record(value)
@@ -51,7 +53,7 @@ class Work:
                 again.append(item)
                 failed(item, value)
                 in_a_row += 1
-                if in_a_row >= max(4, self.workers):
+                if in_a_row >= max(4, self.workers) and not few:
                     raise StageError(
                         f"{in_a_row} failures of the machine in a row, the last one: {value}; "
                         "mend it and give the same command again"
@@ -59,7 +61,7 @@ class Work:
             items = again
             if not items:
                 return 0
-        if len(items) > self.max_infra * max(self.total, len(items)):
+        if len(items) > allowed:
             raise StageError(
                 f"{len(items)} of {self.total} could not be run, more than --max-infra {self.max_infra} allows; "
                 "the same command tries them again"

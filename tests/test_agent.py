@@ -108,7 +108,7 @@ def test_how_episodes_end(turns, flags, status, count):
 
 
 def test_commands_share_the_slots_and_waiting_for_one_counts_for_nothing():
-    """Eight episodes of two commands of 50 ms through two slots: 400 ms, of which each one has 100 ms of its own."""
+    """Eight episodes of two commands of 80 ms through two slots: 640 ms, of which each one has a part of its own."""
     running, most, lock = [], [], threading.Lock()
 
     class Slow(Box):
@@ -116,20 +116,33 @@ def test_commands_share_the_slots_and_waiting_for_one_counts_for_nothing():
             with lock:
                 running.append(command)
                 most.append(len(running))
-            time.sleep(0.05)
+            time.sleep(0.08)
             with lock:
                 running.remove(command)
             return super().run(command)
 
     def episode(_):
-        return play([say("a"), say("b"), say("submit")], Slow(), slots=2, time_limit=0.3)[0]
+        return play([say("a"), say("b"), say("submit")], Slow(), slots=2, time_limit=0.5)[0]
 
     began = time.monotonic()
     with ThreadPoolExecutor(8) as pool:
         records = list(pool.map(episode, range(8)))
-    assert max(most) == 2 and time.monotonic() - began >= 0.4
+    assert max(most) == 2 and time.monotonic() - began >= 0.6
     assert all(record["exit_status"] == "submitted" for record in records)
     assert all(m["seconds"] == 0.1 for r in records for m in r["messages"] if "exit_code" in m)  # as the box said
+
+
+def test_waiting_for_a_server_counts_for_nothing():
+    """How long an answer took is what its policy says: a place in flight and other tries are not in it."""
+
+    def ask(turn, chat):
+        time.sleep(0.05)
+        return "student", Answer(say("ls"), "stop", 5, 0, 1, 0.01, None)
+
+    flags = agent.AgentFlags(max_turns=8, time_limit=0.3)
+    record = agent.rollout(ROW, Box(), ask, flags)
+    assert record["exit_status"] == "time_limit"
+    assert sum(m["role"] == "assistant" for m in record["messages"]) == 3  # of 0.01 + 0.1 s (the box's) each
 
 
 def test_how_many_commands_run_at_once_is_no_part_of_what_makes_it_the_same_work():

@@ -64,6 +64,34 @@ def test_a_record_is_validated_before_it_is_written(tmp_path):
     assert out.part.read_bytes() == b""
 
 
+def test_a_kill_between_the_file_and_its_manifest_costs_nothing(tmp_path):
+    """FILE was whole, but the manifest did not say so yet: the records are taken up, and not made again."""
+    out = output(tmp_path / "labels.jsonl")
+    out.open()
+    out.append(label(0))
+    out.finish([("t", 0)])
+    assert out.path.exists() and not out.part.exists()
+    again = output(tmp_path / "labels.jsonl")
+    again.open(resumed=True)
+    assert ("t", 0) in again and not again.path.exists()
+    again.finish([("t", 0)])
+    anew = output(tmp_path / "labels.jsonl")  # no manifest speaks of it: it is somebody's, and is not taken for ours
+    anew.open()
+    assert ("t", 0) not in anew and anew.path.exists()
+
+
+def test_overwriting_stops_where_another_process_writes(tmp_path):
+    first, second = output(tmp_path / "labels.jsonl"), output(tmp_path / "labels.jsonl")
+    first.open()
+    first.append(label(0))
+    with pytest.raises(InputError, match="another process is writing this file"):
+        second.remove()
+    first.finish([("t", 0)])
+    (tmp_path / "labels.jsonl.infra.jsonl").write_text("{}\n")
+    second.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
     out = output(tmp_path / "labels.jsonl")
     out.open()

@@ -276,11 +276,11 @@ def test_too_many_tokens_a_minute_is_no_context_limit(serve):
 
 
 def test_max_context_is_ours_too(serve):
-    """The server would take more than --max-context: its own count of the prompt decides."""
-    _, policy = serve(good("hello"), max_context=12)
+    """The server would take more than --max-context: its own count, 11 of the prompt and 2 of the answer, decides."""
+    _, policy = serve(good("hello"), max_context=13)
     assert act(policy).tokens_in == 11
-    _, policy = serve(good("hello"), max_context=11)
-    with pytest.raises(policies.ContextLimit):
+    _, policy = serve(good("hello"), max_context=12)
+    with pytest.raises(policies.ContextLimit, match="13 tokens with the answer"):
         act(policy)
 
 

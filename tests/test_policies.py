@@ -35,6 +35,7 @@ def test_an_unknown_policy_lists_the_known_ones(spec):
         ("hf:/no/such/model", "no such directory"),
         ("hf:m,quant=int3", "neither nf4 nor none"),
         ("hf:m,adpater=x", "wanted hf:MODEL"),
+        ("hf:m,adapter=x,adapter=y", "wanted hf:MODEL"),
         ("hf:m,adapter=/no/such", "adapter_config.json is missing"),
         ("openai:m", "wanted openai:MODEL@URL"),
         ("openai:m@localhost:8000", "wanted openai:MODEL@URL"),

@@ -231,6 +231,7 @@ def test_mistakes_are_refused_before_anything_is_done(home):
                          ({"AGGREGATE": "window:0"}, "not window:0"),
                          ({"KEEP": "best"}, "KEEP is all or resolved, not best"),
                          ({"STAGES": "collect,grade"}, "and grade is none of them"),
+                         ({"STUDENT": "hf:m,adapter=a"}, "without an adapter= of its own"),
                          ({"INLINE": "1", "MAX_LABELS": "9"}, "it does not go with KEEP")):  # fmt: skip
         for how in ({}, {"DRY_RUN": "1"}):
             done = loop(home, **knobs, **how)

@@ -84,7 +84,7 @@ def wait_until(true) -> None:
 
 
 @pytest.mark.parametrize("spec, words", [
-    ("vllm:", "no such policy"), ("vllm:m,gpu=0", "wanted vllm:MODEL"), ("vllm:m,gpus=a", "numbers of GPUs"),
+    ("vllm:", "no such policy"), ("vllm:m,gpu=0", "wanted vllm:MODEL"), ("vllm:m,adapter=a,adapter=b", "wanted vllm:MODEL"), ("vllm:m,gpus=a", "numbers of GPUs"),
     ("vllm:m,util=2", "a share"), ("vllm:m,util=.", "a share"), ("vllm:m,args='", "cannot be split"),
     ("vllm:/no/such", "no such directory"), ("vllm:m,adapter=/no/such", "adapter_config.json is missing"),
 ])  # fmt: skip

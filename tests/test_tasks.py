@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common import official, repositories, tasks
+from common import official, repositories, run, tasks
 from common.errors import InputError, StageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +49,21 @@ def git(folder, *words):
     who = ("-c", "user.name=a", "-c", "user.email=a@b")
     done = subprocess.run(["git", "-C", folder, *who, *words], check=True, capture_output=True, text=True)
     return done.stdout.strip()
+
+
+def test_the_hash_of_local_tasks_is_that_of_their_contents(tmp_path):
+    """A repository may be moved with its task file; a file in it may not change under a run that was begun."""
+    hashes = []
+    for place in ("here", "there"):
+        (tmp_path / place / "repository/a").mkdir(parents=True)
+        (tmp_path / place / "repository/a/b.py").write_text("x = 1\n")
+        path = write(tmp_path / place / "t.jsonl", [row("a", local={"source": "repository", "python": "python"})])
+        hashes.append(tasks.hash_rows(tasks.load(str(path))))
+    (tmp_path / "there/repository/a/b.py").write_text("x = 2\n")
+    hashes.append(tasks.hash_rows(tasks.load(str(path))))
+    assert hashes[0] == hashes[1] != hashes[2]
+    toys = tasks.load("toy:train:2")
+    assert tasks.hash_rows(toys) == run.hash_json(toys)  # inline sources are contents already
 
 
 def test_a_row_that_wants_a_patch_names_no_tests(tmp_path):
