@@ -20,7 +20,7 @@ writes  --out DIR: adapter_model.safetensors + adapter_config.json (PEFT), train
 With torchrun every process holds the whole model and takes its share of the rows of each step (data parallel).
 --keep resolved trains on trajectories that resolved their task alone (rejection sampling): 04_eval.py --trajectories
 grades them into ITER_DIR/grades first. An adapter trained on an NF4 base is served on the plain one (vLLM): at the end its
-loss is measured under both, on the same labels (loss_nf4, loss_plain in the summary). Not here: no model that is too large
+loss is measured under both, on the same labels (loss_nf4, loss_plain in the summary). Not here: models that are too large
 for one GPU.
 """
 
@@ -88,7 +88,7 @@ class Args:
     """seed of the LoRA weights and of the order of trajectories"""
     measure: int = 32
     """measure the loss of each label of this many trajectories of the last --data directory, before training (under the
-    student that collected them) and after; 0: none"""
+    adapter that collected them, on the base that is trained on) and after; 0: none"""
     dry_run: bool = False
     """one pass over the data without an optimiser step: prints loss, tokens and memory, writes no adapter"""
     label_nll: str | None = None
@@ -425,7 +425,7 @@ def train(args: Args, data: list, model, out: Path | None, processes) -> dict:
         samples = [sample for i in chosen for sample in data[i].samples.samples()]
         mine = processes.share(pack(args, samples, attention, processes.size), attention)
         nll = sum(accumulate(base, batch, offload=args.checkpointing == "offload") for batch in mine)
-        nll, rows = processes.total([nll, sum(batch.n_rows for batch in mine)])
+        nll, rows = processes.total([nll, sum(training.rows_computed(base, batch) for batch in mine)])
         processes.add_gradients(parameters)
         label_tokens = sum(sample.n_label for sample in samples)
         if not math.isfinite(nll):

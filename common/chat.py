@@ -41,6 +41,13 @@ def special_tokens(tokenizer: Any) -> list[str]:
     return _facts(tokenizer)["specials"]
 
 
+def text_of(tokenizer: Any, ids: list[int]) -> str:
+    """The text that a model has generated, without special tokens; those around a thought stay, as in labels."""
+    facts = _facts(tokenizer)
+    drop = facts["special_ids"] - {tokenizer.convert_tokens_to_ids(token) for token in THINK if token in facts["specials"]}
+    return tokenizer.decode([token for token in ids if token not in drop], skip_special_tokens=False)
+
+
 def render(tokenizer: Any, messages: list[dict], template_kwargs: dict | None = None) -> list[int]:
     """Token ids of the prompt that asks for the next assistant turn after `messages`.
 

@@ -69,7 +69,7 @@ class HfPolicy(Plain):
         if made.stopped and before_end and said[-len(before_end) :] == before_end:
             said = said[: -len(before_end)]  # a template that ends a turn with "\n<|end|>": the newline is its own
         with self.lock:
-            text = self.tokenizer.decode(said, skip_special_tokens=True)
+            text = chat.text_of(self.tokenizer, said)
         return Answer(text, "stop" if made.stopped else "length", len(ids), made.reused, made.tokens_out,
                       time.monotonic() - started, made.logprob)  # fmt: skip
 

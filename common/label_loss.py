@@ -63,7 +63,7 @@ def label_nll(model: Any, data: list[Labelled], tree: bool, max_rows: int, head_
 
     base = model.get_base_model()
     attention = training.attention_cost(base)
-    sums, rows, full = [], 0.0, False
+    sums, rows, full, loads = [], 0.0, False, [0.0] * processes.size
     bar = tqdm(data, unit="trajectory", desc="measure", dynamic_ncols=True, leave=False, disable=not processes.first)
     for one in bar:
         samples = one.samples.samples()
@@ -72,9 +72,9 @@ def label_nll(model: Any, data: list[Labelled], tree: bool, max_rows: int, head_
                    else prefix_tree.pack_per_turn(samples, numbers, max_rows))
         sums.append(np.zeros(len(samples)))
         try:
-            for batch in [] if full else processes.share(batches, attention):
+            for batch in [] if full else processes.share(batches, attention, loads):
                 np.add.at(sums[-1], batch.weights.astype(int), token_losses(base, batch, head_rows))
-                rows += batch.n_rows
+                rows += training.rows_computed(base, batch)
         except RuntimeError as error:  # out of memory, however CUDA says it
             if not any(word in str(error).lower() for word in ("memory", "alloc")):
                 raise
@@ -101,7 +101,9 @@ def count_tokens(data: list[Labelled]) -> int:
 
 @contextlib.contextmanager
 def as_collected(model: Any, base: str, student: dict | None, init_adapter: str | None):
-    """The model with the weights of the student that collected; yields False where they are not to be had.
+    """The model with the adapter of the student that collected; yields False where it is not to be had.
+
+    The base stays the one that is trained on: in NF4 it is not quite what a student on the plain base had.
 
     With aggregated labels training starts from a fresh adapter, but who collected them last had a trained one. Without
     a recorded student it is the model that training starts from. What weights an openai: student had nobody knows here.

@@ -15,7 +15,7 @@ def device_name() -> str:
 
 
 def load_tokenizer(model: str) -> tuple[Any, int | None]:
-    """(tokenizer, the most tokens that the model was made for) of a directory or hub id; InputError without one."""
+    """(tokenizer, the most tokens that the model can take here) of a directory or hub id; InputError without one."""
     from transformers import AutoConfig, AutoTokenizer
 
     try:
@@ -23,7 +23,23 @@ def load_tokenizer(model: str) -> tuple[Any, int | None]:
         tokenizer = AutoTokenizer.from_pretrained(model_path(model))
     except (OSError, ValueError) as error:
         raise InputError(_not_loaded(model, error)) from None
-    return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None)
+    limits = (getattr(config.get_text_config(), "max_position_embeddings", None), fixed_positions(config))
+    return tokenizer, min(filter(None, limits), default=None)
+
+
+def fixed_positions(config: Any) -> int | None:
+    """How far a model's rotary factors are fixed; None without a limit.
+
+    With rope_type `dynamic` and `longrope` transformers takes other factors for a whole batch as soon as one sequence in
+    it is longer: a short one beside it would then be computed otherwise than alone.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kinds = [rope, *(inner for inner in rope.values() if isinstance(inner, dict))]  # some models have them by layer type
+    if not any((kind.get("rope_type") or kind.get("type")) in ("dynamic", "longrope") for kind in kinds):
+        return None
+    reach = next((kind["original_max_position_embeddings"] for kind in kinds if "original_max_position_embeddings" in kind), None)
+    return reach or getattr(text, "original_max_position_embeddings", None) or text.max_position_embeddings
 
 
 def load_base(model: str, quant: str, **options: Any) -> Any:
@@ -67,7 +83,8 @@ def load_adapter(base: Any, model: str, adapter: str, trainable: bool = False) -
 
     check_adapter(adapter, model)
     try:
-        return PeftModel.from_pretrained(base, adapter, is_trainable=trainable)
+        # Read on the CPU: PEFT's default is the first GPU, whichever one this process has.
+        return PeftModel.from_pretrained(base, adapter, is_trainable=trainable, torch_device="cpu")
     except (RuntimeError, ValueError, OSError) as error:  # shapes or module names of another architecture
         raise InputError(f"{adapter}: the adapter does not fit {model} ({_line(error)}); give it the model that it was "
                          "trained on") from None

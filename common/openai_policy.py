@@ -9,7 +9,8 @@ what becomes of it:
     wrong key, unknown model, refused field         InputError: the script stops, in the server's own words
     stopped by a content filter                     an answer with finish_reason content_filter: no good action
 
-Not here: streaming, starting servers, models without sampling parameters.
+Not here: streaming, starting servers, models without sampling parameters. Text that looks like a special token is sent as
+it is stored, without the look of <|...|>; of other looks ("</s>") the server's tokenizer decides, which is not known here.
 """
 
 import asyncio

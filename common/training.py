@@ -48,9 +48,12 @@ class Processes:
         """What the first process says; the others wait for it."""
         return bool(self.total([float(word) if self.first else 0.0])[0])
 
-    def share(self, batches: list, attention: float) -> list:
-        """This process's micro-batches: the heaviest first, each to the process that has least to do so far."""
-        loads, mine = [0.0] * self.size, []
+    def share(self, batches: list, attention: float, loads: list[float] | None = None) -> list:
+        """This process's micro-batches: the heaviest first, each to the process that has least to do so far.
+
+        loads: what each process has to do already; what these batches add is added.
+        """
+        loads, mine = [0.0] * self.size if loads is None else loads, []
         for batch in sorted(batches, key=lambda batch: -batch.n_rows):
             least = loads.index(min(loads))
             loads[least] += batch.n_rows + attention * batch.ids.shape[0] * batch.ids.shape[1] ** 2
@@ -88,7 +91,9 @@ class Processes:
 
 
 def load_base(model: str, quant: str, tree: bool) -> Any:
-    """The frozen base model in training mode. quant: nf4 or none; fp32 on CPU, bf16 on CUDA."""
+    """The frozen base model in training mode, without dropout. quant: nf4 or none; fp32 on CPU, bf16 on CUDA."""
+    import torch
+
     attention = "flex_attention" if tree and models.device_name() == "cuda" else "sdpa"
     base = models.load_base(model, quant, attn_implementation=attention)
     base.config.use_cache = False
@@ -97,6 +102,11 @@ def load_base(model: str, quant: str, tree: bool) -> Any:
 
         AttentionInterface.register("swe_dagger_tree", _attend)
         base.set_attn_implementation("swe_dagger_tree")
+    for module in base.modules():  # dropout would make two passes over one sample differ, and flex has none
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
     # Training mode from the start: one forward pass in eval mode and bitsandbytes repacks NF4 weights on CPU for a
     # kernel that has no gradient, so that what is trained afterwards is silently wrong.
     return base.requires_grad_(False).train()
@@ -171,8 +181,8 @@ def hidden_rows(base: Any, batch: prefix_tree.Batch, offload: bool = False) -> A
     device = base.device
     transformer = getattr(base, base.base_model_prefix)
     on_cpu = torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda") if offload else contextlib.nullcontext()
-    if batch.end is not None and base.config._attn_implementation == "flex_attention":
-        batch = prefix_tree.pad_rows(batch, _padded(batch.ids.shape[1]))
+    if rows_computed(base, batch) > batch.n_rows:
+        batch = prefix_tree.pad_rows(batch, rows_computed(base, batch))
     inputs = {"input_ids": torch.from_numpy(batch.ids).to(device)}
     if batch.end is not None:
         inputs["position_ids"] = torch.from_numpy(batch.depth).to(device)
@@ -190,10 +200,11 @@ def autocast(device: Any) -> Any:
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _padded(length: int) -> int:
-    """A few sizes only, since each compiles a kernel: multiples of the block, eight to an octave."""
-    step = max(FLEX_BLOCK, 1 << max(0, (length - 1).bit_length() - 3))
-    return -(-length // step) * step
+def rows_computed(base: Any, batch: prefix_tree.Batch) -> int:
+    """The rows that the model is given for a batch, padding included: with flex a tree is padded to whole blocks."""
+    if batch.end is None or base.config._attn_implementation != "flex_attention":
+        return batch.n_rows
+    return -(-batch.n_rows // FLEX_BLOCK) * FLEX_BLOCK
 
 
 def _tree_mask(base: Any, end: Any) -> Any:
@@ -241,6 +252,12 @@ def probe(base: Any, tree: bool, longest: int) -> None:
     """
     import torch
 
+    reach = models.fixed_positions(base.config)
+    if reach and longest > reach:
+        raise InputError(
+            f"this model turns to other rotary factors beyond {reach} tokens, by the longest sample of a batch, and a "
+            f"sample has {longest}: take --max-context {reach}"
+        )
     rng = np.random.default_rng(0)
     words = rng.choice(base.config.get_text_config().vocab_size, size=24, replace=False).astype(np.int32)
     alone = prefix_tree.Sample("probe", np.concatenate([words[:6], words[16:]]), 6)
@@ -311,7 +328,8 @@ def save_adapter(peft_model: Any, out: Path) -> None:
         # save_embedding_layers: "auto" would ask the hub whether the vocabulary has grown
         peft_model.save_pretrained(half, save_embedding_layers=False)
         config = json.loads((half / "adapter_config.json").read_text())
-        config["target_modules"] = sorted(config["target_modules"])  # a set: in another order each time
+        if not isinstance(config["target_modules"], str):  # which would be a pattern, of an adapter from elsewhere
+            config["target_modules"] = sorted(config["target_modules"])  # a set: in another order each time
         (half / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
         remove_adapter(out)
         for name in ("adapter_model.safetensors", "adapter_config.json"):

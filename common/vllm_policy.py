@@ -3,8 +3,9 @@
 import http.client
 import threading
 
-from common import serve
-from common.errors import InfraError
+from common import models, serve
+from common.chat import THINK, harmless, special_tokens
+from common.errors import InfraError, InputError
 from common.hf_policy import hash_adapter
 from common.openai_policy import OpenAIPolicy, check_options
 from common.policies import Answer, Plain
@@ -33,7 +34,7 @@ class VllmPolicy(Plain):
         self.name, self.extra = f"vllm:{self.spec.model}", PLAIN_SAMPLING | extra
         self.adapter_hash = hash_adapter(self.spec.adapter) if self.spec.adapter else None
         self.role, self.max_context, self.inflight, self.keep_reasoning = role, max_context, inflight, keep_reasoning
-        self.lock = threading.Lock()
+        self.lock, self.specials = threading.Lock(), None
         self.server, self.restarts = None, 0
         self.clients: list[OpenAIPolicy] = []  # one for each server: threads may still wait for the last one
 
@@ -44,6 +45,7 @@ class VllmPolicy(Plain):
             **({"keep_reasoning": True} if self.keep_reasoning else {})}  # fmt: skip
 
     def act(self, row: dict, messages: list[dict], *, seed: int, episode: str, turn: int, attempt: int) -> Answer:
+        messages = [m | {"content": harmless(m["content"], self._specials())} for m in messages]
         while True:
             server, client = self._connect()
             try:
@@ -51,6 +53,20 @@ class VllmPolicy(Plain):
             except InfraError:
                 if server.alive():
                     raise
+
+    def _specials(self) -> list[str]:
+        """The model's special tokens: 03_train.py makes them inert wherever they stand in a text, so they are for the server.
+
+        None where the tokenizer is not to be had here.
+        """
+        with self.lock:
+            if self.specials is None:
+                try:
+                    tokenizer, _ = models.load_tokenizer(self.spec.model)
+                    self.specials = [token for token in special_tokens(tokenizer) if token not in THINK]
+                except InputError:
+                    self.specials = []
+            return self.specials
 
     def _connect(self) -> tuple[serve.Server, OpenAIPolicy]:
         """A server that is alive, and who asks it. Raises InfraError if it died and does not come back."""

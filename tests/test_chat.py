@@ -1,5 +1,6 @@
 """Tokens: prompts are the chat template's, masks cover the label and its end of turn, text stays text."""
 
+import copy
 import random
 
 import pytest
@@ -210,3 +211,15 @@ def test_show_marks_what_is_trained(capsys):
     printed = capsys.readouterr().err
     assert "wrong total<|im_end|>\n<|im_start|>assistant\n>>>Look.<|im_end|><<<" in printed
     assert f"({n_prompt} prompt tokens, {len(ids) - n_prompt} trained tokens)" in printed
+
+
+def test_what_was_generated_keeps_its_thought_and_loses_other_special_tokens():
+    """Some tokenizers flag <think> as special; a command inside a thought must not become a command of its own."""
+    tokenizer = copy.deepcopy(tiny.tokenizer("qwen3"))
+    ids = tokenizer("<think>\nhm\n</think>\nls<|im_end|>", add_special_tokens=False)["input_ids"]
+    assert chat.text_of(tokenizer, ids) == "<think>\nhm\n</think>\nls"
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<think>", "</think>"]})
+    tokenizer = copy.deepcopy(tokenizer)
+    ids = tokenizer("<think>\nhm\n</think>\nls<|im_end|>", add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_tokens_to_ids("<think>") in ids
+    assert chat.text_of(tokenizer, ids) == "<think>\nhm\n</think>\nls"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from common import guard, policies, serve, vllm_policy
+from common import chat, guard, policies, serve, vllm_policy
 from common.errors import InfraError, InputError, StageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,10 +33,16 @@ def program(tmp_path, monkeypatch):
     monkeypatch.setenv("SWE_DAGGER_VLLM", str(path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("SWE_DAGGER_KEEPER", raising=False)
+    monkeypatch.setattr(vllm_policy.models, "load_tokenizer", no_tokenizer)
     yield path
     serve.leave()
     for folder in servers():
         serve.stop(folder)
+
+
+def no_tokenizer(model: str):
+    """The models here are names without files, and no hub is to be asked for them."""
+    raise InputError(f"{model}: no such directory")
 
 
 def servers() -> list[Path]:
@@ -126,6 +132,18 @@ def test_the_command_line_of_a_server(tmp_path):
 
 
 # ---------------------------------------------------------------- one server
+
+
+def test_what_is_special_for_the_model_is_text_for_its_server(program, tmp_path, monkeypatch):
+    """03_train.py makes every special token inert, "</s>" and "<filename>" too: the server must see what is trained on."""
+    from tests import tiny
+
+    model = tiny.model_dir(tmp_path / "model", arch="llama", template="tools")
+    monkeypatch.undo()
+    monkeypatch.setenv("SWE_DAGGER_VLLM", str(program))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert "<s>" in chat.special_tokens(tiny.tokenizer("tools"))
+    assert ask(open_policy(f"vllm:{model}"), "x <s> y").endswith(": x < s> y")
 
 
 def test_a_policy_starts_asks_and_leaves(program, tmp_path, capfd):

@@ -8,12 +8,14 @@ import importlib
 import io
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -739,3 +741,38 @@ def test_bad_measuring(tmp_path, home):
     assert "--label-nll goes with --dry-run" in bad(tmp_path, home, "--label-nll", tmp_path / "x")
     assert "--measure -1" in bad(tmp_path, home, "--measure", -1)
     assert "--steps-per-epoch 9: there are only 1" in bad(tmp_path, home, "--steps-per-epoch", 9)
+
+
+def test_dropout_of_the_base_is_off(tmp_path, home):
+    """Two passes over one sample have to agree, and a prefix tree with them."""
+    config = json.loads((home / "base/config.json").read_text())
+    shutil.copytree(home / "base", tmp_path / "base")
+    (tmp_path / "base/config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    for tree in (True, False):
+        base = training.load_base(str(tmp_path / "base"), "none", tree)
+        assert {module.attention_dropout for module in base.modules() if hasattr(module, "attention_dropout")} == {0.0}
+        training.probe(base, tree, 24)
+
+
+@pytest.mark.parametrize("rope, reach", [
+    ({"rope_type": "default", "rope_theta": 1e4}, None), ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, 512),
+    ({"rope_type": "longrope", "original_max_position_embeddings": 64}, 64),
+    ({"full_attention": {"rope_type": "longrope", "original_max_position_embeddings": 64}}, 64),
+])  # fmt: skip
+def test_rotary_factors_that_hang_on_the_batch_bound_the_context(rope, reach):
+    """With longrope a sample of 30 tokens had another loss packed with one of 120 than alone, and no error."""
+    config = SimpleNamespace(rope_parameters=rope, max_position_embeddings=512)
+    config.get_text_config = lambda: config
+    assert models.fixed_positions(config) == reach
+
+
+def test_measuring_is_shared_between_processes(monkeypatch):
+    shares = []
+    for rank in range(4):
+        processes = object.__new__(training.Processes)
+        processes.rank, processes.size, loads = rank, 4, [0.0] * 4
+        batches = [prefix_tree.pack_tree([Sample("s", np.arange(n + 4, dtype=np.int32), 2)], [1.0], 64)
+                   for n in range(32)]  # fmt: skip
+        shares.append([batch.n_rows for of in batches for batch in processes.share(of, 0.0, loads)])
+    assert sorted(n for share in shares for n in share) == list(range(4, 36))
+    assert [len(share) for share in shares] == [8] * 4  # one after the other, not all for the first
