@@ -47,7 +47,7 @@ class Args(AgentFlags, TeacherFlags, StudentFlags, PolicyFlags):
     """who acts: a coin before every turn; the student first and then the teacher; the teacher alone (beta 1); or the
     student alone (beta 0)"""
     schedule: str | None = None
-    """beta by iteration: paper, linear:K, exponential:P or constant:B (default: paper)"""
+    """beta by iteration, as linear:2; `beta_at` in common/mixing.py has all of them (default: paper)"""
     beta: float | None = None
     """beta itself, the same as --schedule constant:B"""
     prefix_turns: str | None = None

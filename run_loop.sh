@@ -5,8 +5,8 @@
 #   ITERATIONS=5 ./run_loop.sh        goes on from where a finished run stopped
 #   PRESET=paper ./run_loop.sh        SWE-Gym at the paper's scale (README, "Presets": what it needs)
 #   DRY_RUN=1 ./run_loop.sh           prints every command instead of running it
-#   RUN=mine TASKS=mine.jsonl EVAL_TASKS=dev.jsonl TEST_TASKS= TEACHER=openai:MODEL@URL STUDENT=hf:MODEL ./run_loop.sh
-#   STUDENT=vllm:MODEL,util=0.3 TEACHER=vllm:LARGE_MODEL,util=0.6 ...   on a GPU, or on several: gpus=0 and gpus=1+2
+#   PRESET=api-teacher TEACHER=openai:MODEL@URL RUN=mine TASKS=mine.jsonl EVAL_TASKS=dev.jsonl TEST_TASKS= ./run_loop.sh
+#   PRESET=paper STUDENT=vllm:MODEL,util=0.3 TEACHER=vllm:LARGE_MODEL,util=0.6 ...   on a GPU, or on several: gpus=0 and gpus=1+2
 #
 # Every stage is a script that reads and writes files below runs/$RUN. Stop it at any moment and call it again.
 set -euo pipefail
@@ -131,7 +131,7 @@ for ((i = 1; i <= ITERATIONS; i++)); do
     stage relabel "iteration $i: relabel" 02_relabel.py --trajectories "$dir/trajectories.jsonl" --teacher "$TEACHER" \
         --out "$dir/labels.jsonl" --workers "$WORKERS" --cache "$run/cache" "${select[@]}" $(at_most "$i") "${of_teacher[@]}"
 
-    # 3. Train the student on all labels so far, with the GPUs to itself
+    # 3. Train the student on the labels that AGGREGATE takes, with the GPUs to itself
     case "$(wanted train && echo "$STUDENT $TEACHER")" in *vllm:*) call -m common.serve stop "$STUDENT" "$TEACHER" ;; esac
     stage train "iteration $i: train" "${torchrun[@]}" 03_train.py --data $(collected "$i") --model "$model" \
         --out "$dir/adapter" --max-context "$CONTEXT" --tokens-per-batch "$CONTEXT" --lr "$LR" $TRAIN_FLAGS

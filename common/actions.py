@@ -38,7 +38,7 @@ def observe(result) -> str:
 
 
 def wrong_with(text: str, finish_reason: str) -> str | None:
-    """Why `text` is no good action to learn from (DESIGN section 3, Label); None if it is one."""
+    """Why `text` is no good action to learn from; None if it is one."""
     if finish_reason == "length":
         return "cut off"
     if finish_reason == "content_filter":

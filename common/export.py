@@ -348,7 +348,7 @@ def _main() -> None:
         sys.argv.insert(1, home)  # the manifest has the whole command
         export(Path(home), args)
 
-    run.main(Args, work)
+    run.main(Args, work, "python -m common.export RUN --format peft|merged|trl [--iteration N] [--out DIR]")
 
 
 if __name__ == "__main__":

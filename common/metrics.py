@@ -193,7 +193,7 @@ def _main() -> None:
             check_comparable(runs)
         show(runs)
 
-    run.main(Args, work)
+    run.main(Args, work, "python -m common.metrics RUN [RUN...]")
 
 
 if __name__ == "__main__":

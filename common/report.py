@@ -564,7 +564,7 @@ def _main() -> None:
             raise InputError("several runs: --out FILE says where their page goes")
         run.print_summary(report(homes, Path(args.out or homes[0] / "report.html")))
 
-    run.main(Args, work)
+    run.main(Args, work, "python -m common.report RUN [RUN...] [--out FILE]")
 
 
 if __name__ == "__main__":

@@ -36,13 +36,16 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "swebench", "openai
 # ---------------------------------------------------------------- the command line
 
 
-def parse(args_class: type, argv: list[str] | None = None):
-    """Fill the dataclass from the command line. A field without a default is required; a bool field is a switch."""
+def parse(args_class: type, argv: list[str] | None = None, usage: str | None = None):
+    """Fill the dataclass from the command line. A field without a default is required; a bool field is a switch.
+
+    usage: the first line of --help, where it is more than the flags.
+    """
     import argparse
 
     script = inspect.getmodule(args_class)
     parser = argparse.ArgumentParser(
-        description=script.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        usage=usage, description=script.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     fields = dataclasses.fields(args_class)  # inherited flags stand behind the script's own
     for field in sorted(fields, key=lambda field: field.name not in args_class.__annotations__):
@@ -88,9 +91,9 @@ def _field_texts(owner: type) -> dict[str, str]:
     return texts
 
 
-def main(args_class: type, work: typing.Callable) -> typing.NoReturn:
+def main(args_class: type, work: typing.Callable, usage: str | None = None) -> typing.NoReturn:
     """Parse, work, exit: 0 done, 2 bad usage or input, 1 anything else. Stopping by Ctrl-C or SIGTERM loses nothing."""
-    args = parse(args_class)
+    args = parse(args_class, usage=usage)
     signal.signal(signal.SIGTERM, _stop)
     _allow_files()
     # On a CPU it recommends a package with a faster NF4 kernel, which has no backward pass.

@@ -1,7 +1,7 @@
 """The record types of every JSONL file, and their validation on the way in and out.
 
 A record is a plain dict. Each type below is a table: field -> (allowed types, required). Fields that the table does not
-name are allowed, so that an ablation can carry something along. DESIGN: `schema` is the version of the record type.
+name are allowed, so that an ablation can carry something along. `schema` is the version of the record type.
 """
 
 from common.errors import InputError
