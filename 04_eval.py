@@ -138,6 +138,8 @@ def work(args: Args) -> None:
         images = docker_engine.images()  # now, not after hours of rolling out
         images.evict = args.evict_images
         images.wanted |= {rows[name]["image"] for name in official_tasks}
+        if args.check_images:
+            images.check([rows[name]["image"] for name in rows if name in official_tasks])
 
     if student:
         meter.open(args.overwrite)

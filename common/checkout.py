@@ -187,12 +187,12 @@ class Checkout:
                 (folder / path).write_bytes(_read(self.tree / path))
         try:
             out = self.template.git("check-ignore", "--no-index", "-z", "--stdin", GIT_WORK_TREE=str(folder),
-                                    stdin=b"".join(os.fsencode(p) + b"\0" for p in paths))
+                                    stdin=b"".join(b"./" + os.fsencode(p) + b"\0" for p in paths))  # ":x" is no path to git
         except InfraError as error:
             if str(error).endswith("failed: "):  # exit 1 without a word: none is ignored
                 return []
             raise
-        return [os.fsdecode(p) for p in out.split(b"\0")[:-1]]
+        return [os.fsdecode(p.removeprefix(b"./")) for p in out.split(b"\0")[:-1]]
 
 
 def walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:

@@ -18,7 +18,8 @@ are compared (common/checkout.py) with the ones in the image. What the agent did
 
 Containers are marked with their owner and never stay behind: common/docker_engine.py.
 
-Not done: a user namespace of its own (the engine's `userns-remap` does that), disk bandwidth limits.
+Not done: counting what is written to files that were deleted while they are open (size of a file times open files bounds
+it, and it goes with the command); a user namespace of its own (the engine's `userns-remap` does that), disk bandwidth limits.
 """
 
 import contextlib
@@ -43,7 +44,8 @@ DEFAULTS = {"LANG": "C.UTF-8", "TERM": "dumb", "PYTHONDONTWRITEBYTECODE": "1", "
 CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "KILL", "SETGID", "SETUID"]
 
 # `read` and `wait` once a second, because bash reaps orphans between commands only.
-INIT = "trap 'kill -KILL -1' USR1; exec 3<> <(:); while :; do read -r -t 1 -u 3; wait; done"
+# bash would end at a signal that it has a handler for: all of them but USR1 (10) and CHLD (17) are ignored.
+INIT = "trap '' {1..9} {11..16} {18..31}; trap 'kill -KILL -1' USR1; exec 3<> <(:); while :; do read -r -t 1 -u 3; wait; done"
 # stdout and stderr go the same way, or their order would be lost; the wrapper's own words ("Killed") go nowhere.
 COMMAND = 'exec 3>&1 >/dev/null 2>&1; cd /testbed 2>&3; bash -c "$1" >&3 2>&1 3>&-; code=$?; kill -KILL -1; exit $code'
 ACTIVATE = """if [ -f /opt/miniconda3/bin/activate ]; then . /opt/miniconda3/bin/activate; conda activate testbed; fi >/dev/null 2>&1
@@ -210,8 +212,9 @@ class DockerSandbox:
                 stream.close()
                 connection.close()
         exit_code = self._exit_code(job)
-        if exit_code == 137:  # our wrapper died as well: what it would have killed may be there still
+        if exit_code >= 128:  # our wrapper may have died as well: what it would have killed may be there still
             self._kill_all()
+        if exit_code == 137:
             self.container.reload()
             if self.container.status != "running":
                 raise InfraError(f"{self.row['instance_id']}: the container has ended ({self.container.status})")
@@ -324,13 +327,18 @@ class DockerSandbox:
         """path -> (git mode, content), for files and symlinks that are there; content None where a file is too large."""
         import docker
 
-        found = {}
+        found, linked = {}, {}
         if len(paths) > MANY:
             chunks, _ = container.get_archive("/testbed", chunk_size=1 << 20)
             with tarfile.open(fileobj=_Chunks(chunks), mode="r|") as tar:
                 for member in tar:
-                    if (name := member.name.removeprefix("testbed/")) in paths and (entry := _entry(tar, member)):
+                    name = member.name.removeprefix("testbed/")
+                    if name in paths and member.islnk():  # a second name of a file that came before
+                        linked[name] = member.linkname.removeprefix("testbed/")
+                    elif name in paths and (entry := _entry(tar, member)):
                         found[name] = entry
+            for name, first in linked.items():
+                found |= {name: found[first]} if first in found else self._fetch(container, {name})
             return found
         for path in sorted(paths):
             if any(str(parent) in found for parent in Path(path).parents):  # beyond a symlink: it is not there

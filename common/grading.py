@@ -271,8 +271,13 @@ def _section(checkout: Checkout, files: Files, path: str, name: str):
             return tomllib.loads(text).get("tool", {}).get(name)
     except ValueError:
         return data
-    section = re.search(rf"^\[{re.escape(name)}\][^\n]*\n(.*?)(?=^\[|\Z)", text.replace("\r\n", "\n"), re.M | re.S)
-    return section and section.group(1).strip()
+    import iniconfig  # what pytest itself reads these files with: lines may end in more ways than one
+
+    try:
+        sections = iniconfig.IniConfig(path, text.replace("\r\n", "\n").replace("\r", "\n")).sections
+    except iniconfig.ParseError:
+        return data
+    return dict(sections[name]) if name in sections else None
 
 
 def _words(command: str) -> list[str]:

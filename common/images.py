@@ -36,6 +36,7 @@ class Images:
         self.lock = threading.Lock()
         self.pulling: dict[str, threading.Lock] = {}
         self.users: dict[str, int] = {}  # image -> open sandboxes; those with 0 are of finished tasks
+        self.checked: set[str] = set()  # whether they can be had
         self.wanted: set[str] = set()  # of this stage's tasks, begun or not
         self.pulled = cache_dir() / "pulled_images"  # one a line: what any process of this user has pulled
         self.missing: dict[str, str] = {}  # image -> why it cannot be had
@@ -43,6 +44,7 @@ class Images:
     def use(self, image: str, who: str) -> str:
         """The id of an image, pulled if it is not there; give it back with leave(). Raises InfraError."""
         import docker
+        import requests
 
         with self.lock:
             self.users[image] = self.users.get(image, 0) + 1
@@ -59,6 +61,9 @@ class Images:
             if machine != self.machine:
                 raise InfraError(f"{who}: image {image} is for {machine}, the engine runs {self.machine}")
             return found.id
+        except (docker.errors.DockerException, requests.RequestException, OSError) as error:
+            self.leave(image)
+            raise InfraError(f"{who}: image {image}: {' '.join(str(error).split())[-300:]}") from error
         except BaseException:
             self.leave(image)
             raise
@@ -87,9 +92,10 @@ class Images:
             try:
                 with PULLS:
                     found = self.client.images.pull(image)
-                self.pulled.parent.mkdir(parents=True, exist_ok=True)
-                with open(self.pulled, "a", encoding="utf-8") as names:
-                    names.write(f"{image}\n")
+                with contextlib.suppress(OSError):  # then it stays when room is made
+                    self.pulled.parent.mkdir(parents=True, exist_ok=True)
+                    with open(self.pulled, "a", encoding="utf-8") as names:
+                        names.write(f"{image}\n")
                 return found
             except (docker.errors.APIError, requests.RequestException) as error:
                 why = " ".join(str(getattr(error, "explanation", None) or error).split())[-300:]
@@ -117,9 +123,10 @@ class Images:
         if self.evict:
             earlier = self.pulled.read_text(encoding="utf-8").splitlines() if self.pulled.exists() else []
             with self.lock:
-                idle = [image for image in dict.fromkeys([*earlier, *self.users]) if not self.users.get(image)]
-                # last, those that tasks of this stage still wait for; the engine itself refuses what another process runs
-                idle.sort(key=lambda image: image in self.wanted and image not in self.users)
+                idle = [image for image in dict.fromkeys(earlier) if not self.users.get(image)]
+                # those of this stage's tasks last (their patches are graded yet), and of these the ones not begun; the
+                # engine itself refuses to remove what another process runs
+                idle.sort(key=lambda image: (image in self.wanted) + (image in self.wanted - self.users.keys()))
             for image in idle:
                 with contextlib.suppress(docker.errors.DockerException):
                     if self.client.images.get(image).attrs.get("RepoDigests"):  # what was built here cannot be had again
@@ -144,7 +151,8 @@ class Images:
                     return " ".join(str(getattr(error, "explanation", None) or error).split())[-200:]
             return None
 
-        wanted = list(dict.fromkeys(wanted))
+        wanted = [image for image in dict.fromkeys(wanted) if image not in self.checked]
+        self.checked |= set(wanted)
         with ThreadPoolExecutor(8) as pool:
             missing = [(image, why) for image, why in zip(wanted, pool.map(there, wanted)) if why is not None]
         for image, why in missing:

@@ -363,9 +363,9 @@ def interpreter(python: str) -> tuple[list[str], str]:
         raise InputError(f"the interpreter {python} (local.python) does not work: {error}") from None
     base, prefix, executable = done.stdout.splitlines()
     prefixes = [base, prefix, os.path.realpath(base), os.path.realpath(prefix)]
-    link = python  # each step of python -> python3 -> /somewhere/bin/python3.11 must exist inside
+    link = python  # each step of python -> python3 -> /somewhere/bin/python3.11 must exist inside, and no more than that
     while True:
-        prefixes.append(os.path.dirname(os.path.dirname(link)))
+        prefixes.append(os.path.dirname(link))
         if not os.path.islink(link):
             break
         link = os.path.normpath(os.path.join(os.path.dirname(link), os.readlink(link)))
@@ -373,8 +373,8 @@ def interpreter(python: str) -> tuple[list[str], str]:
     seen = ("/usr", "/bin", "/lib", "/lib64", "/sbin")
     kept = []
     for path in dict.fromkeys(prefixes):
-        if path == os.path.expanduser("~"):
-            raise InputError(f"the interpreter {python} lives directly in a home directory: use a virtual environment")
+        if path != "/" and (os.path.expanduser("~") + "/").startswith(path + "/") or path == "/etc":
+            raise InputError(f"the interpreter {python} lives directly in {path}: use a virtual environment")
         if path != "/" and not any(path == s or path.startswith(s + "/") for s in seen):
             kept.append(path)
     return sorted(kept), os.path.dirname(python)

@@ -24,7 +24,7 @@ TASK = {
     "test_patch": (_TEXT, True),
     "FAIL_TO_PASS": (_LIST, True),
     "PASS_TO_PASS": (_LIST, True),
-    "local": (_DICT, False),
+    "local": (_DICT + _NONE, False),
     "image": (_TEXT + _NONE, False),
     "log_parser": (_TEXT + _NONE, False),
     "eval_type": (_TEXT + _NONE, False),

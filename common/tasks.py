@@ -181,12 +181,15 @@ def _read(path: Path):
     else:
         import pandas
 
-        rows = json.loads(pandas.read_parquet(path).to_json(orient="records"))
+        try:
+            rows = json.loads(pandas.read_parquet(path).to_json(orient="records"))
+        except (ValueError, OSError) as error:  # pyarrow's own errors are ValueErrors
+            raise InputError(f"{path}: not a parquet file that can be read: {_first_line(error)}") from None
     yield from ((f"{path}[{place}]", row) for place, row in enumerate(rows))
 
 
 def _complete(row: dict, file: str, where: str) -> dict:
-    row = dict(row)
+    row = {name: value for name, value in row.items() if (name, value) != ("local", None)}  # as tables fill a column up
     for field in ("FAIL_TO_PASS", "PASS_TO_PASS"):
         if isinstance(row.get(field), str):
             try:

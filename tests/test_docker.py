@@ -177,13 +177,22 @@ class TestPromises(EngineTests):
         assert alive(box) == []
 
     @pytest.mark.parametrize("wreck", ["rm -rf /testbed", "rm -f /bin/bash /usr/bin/bash", "rm -rf /usr /bin /lib*",
-                                       "for i in 1 2 3; do kill -USR1 1; kill -STOP 1; kill -KILL 1; done"])
+                                       "for i in 1 2 3; do kill -USR1 1; kill -STOP 1; kill -KILL 1; done",
+                                       "for i in $(seq 64); do kill -$i 1; done"])
     def test_who_wrecks_the_container_has_a_result_all_the_same(self, box, wreck):
         """That the agent's commands fail from then on is its own doing, and no failure of the machine."""
         box.run(wreck)
         result = box.run("echo still here")
         assert result.exit_code != 0 or result.output.endswith("still here\n")
         assert box.diff().count("deleted file") == (len(FILES) if wreck.endswith("testbed") else 0)
+
+    @pytest.mark.parametrize("sign", ["TERM", "HUP", "KILL"])
+    def test_what_outlives_its_wrapper_dies_too(self, box, sign):
+        box.run(f"(setsid sh -c 'while :; do date >> /tmp/alive; sleep 0.1; done' >/dev/null 2>&1 </dev/null &); kill -{sign} $PPID")
+        time.sleep(1.5)
+        before = sh(box, "wc -l < /tmp/alive")
+        time.sleep(0.5)
+        assert sh(box, "wc -l < /tmp/alive") == before
 
     def test_no_zombies_stay(self, box):
         sh(box, "for i in $(seq 50); do (sleep 0.05 &); done; sleep 0.5")
@@ -265,6 +274,7 @@ CHANGES = [
     "echo 'calc.py binary' > .gitattributes; echo 'X = 1' >> calc.py",
     "printf 'r\\xe9sum\\xe9\\n' > 'a name with \"quotes\" and \\\\.txt'; touch empty",
     "for i in $(seq 250); do echo $i > f$i.txt; done; echo 'X = 1' >> calc.py",
+    "ln calc.py a_second_name.py; for i in $(seq 250); do echo $i > f$i.txt; done; echo 'X = 1' >> calc.py",
     "cp calc.py copy.py; touch calc.py; chmod 600 calc.py",
     "rm -rf /testbed/* /testbed/.gitignore",
 ]

@@ -235,7 +235,8 @@ def test_conftest():
 
 @pytest.mark.parametrize("path,text", [
     ("pytest.ini", "[pytest]\naddopts = --collect-only\n"), (".pytest.ini", "[pytest]\naddopts = -p evil\n"),
-    ("tox.ini", "[pytest]\npython_functions = nothing\n"), ("tests/pytest.ini", "[pytest]\naddopts = --co\n"),
+    ("tox.ini", "[pytest]\npython_functions = nothing\n"), ("tox.ini", "; x\r[pytest]\raddopts = --co\r"),
+    ("tox.ini", "[tox]\n[zzz\n"), ("tox.ini", "; x\f[pytest]\faddopts = --co\f"), ("tests/pytest.ini", "[pytest]\naddopts = --co\n"),
     ("setup.cfg", "[metadata]\nname = x\n[tool:pytest]\naddopts = --runxfail --deselect tests/test_calc.py\n"),
     ("pyproject.toml", FILES["pyproject.toml"].replace("-ra", "-ra -p evil --setup-only")),
 ])

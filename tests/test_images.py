@@ -201,3 +201,33 @@ def test_room_is_made_of_what_earlier_stages_pulled(registry, client, monkeypatc
     client.images.get(wanted)
     with pytest.raises(docker.errors.ImageNotFound):
         client.images.get(earlier)
+
+
+def test_an_engine_that_fails_is_the_machines_trouble(registry, client, monkeypatch):
+    """Whatever the engine says while an image is looked for, one task is put off, and not the stage ended."""
+    import docker
+    import requests
+
+    for error in (requests.ConnectionError("gone"), requests.ReadTimeout("late"), docker.errors.APIError("500")):
+        images = Images(client)
+
+        def get(self, image, error=error):
+            raise error
+
+        monkeypatch.setattr(type(client.images), "get", get)
+        with pytest.raises(InfraError, match="t: image x: "):
+            images.use("x", "t")
+        assert images.users == {"x": 0}
+        monkeypatch.undo()
+
+
+def test_images_that_nobody_pulled_here_stay(registry, client, monkeypatch):
+    own, new = registry.image("own"), registry.image("new")
+    client.images.pull(own)  # by hand
+    images = Images(client, evict=True)
+    images.use(own, "t")
+    images.leave(own)
+    monkeypatch.setattr(Images, "free", lambda self: GIGABYTE)
+    with pytest.raises(InfraError, match="no image is pulled"):
+        images.use(new, "t")
+    client.images.get(own)

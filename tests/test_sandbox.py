@@ -84,6 +84,27 @@ def test_an_interpreter_anywhere(tmp_path):
         assert box.run(f"touch {tmp_path}/venv/x").exit_code != 0
 
 
+def test_links_on_the_way_to_an_interpreter_bring_no_more_than_their_directory(tmp_path):
+    """/etc/alternatives/python and ~/.local/bin/python are such links: all of /etc or ~/.local would be too much."""
+    for place in ("venv/bin", "etc/alternatives"):
+        (tmp_path / place).mkdir(parents=True)
+    (tmp_path / "etc/passwd").write_text("hidden")
+    (tmp_path / "etc/alternatives/python").symlink_to(os.path.realpath(sys.executable))
+    (tmp_path / "venv/bin/python").symlink_to(tmp_path / "etc/alternatives/python")
+    (tmp_path / "venv/pyvenv.cfg").write_text(f"home = {os.path.dirname(os.path.realpath(sys.executable))}\n")
+    with LocalSandbox(make_row(python=str(tmp_path / "venv/bin/python"))) as box:
+        assert sh(box, "python -c 'import sys; print(sys.prefix)'") == f"{tmp_path}/venv\n"
+        assert sh(box, f"ls {tmp_path}/etc") == "alternatives\n"
+
+
+def test_names_that_look_like_gits_pathspecs_are_names(tmp_path):
+    """`git check-ignore` would read ":(" as magic and fail, and take ":wq" for wq."""
+    with LocalSandbox(make_row()) as box:
+        sh(box, "for name in ':(' ':wq' ':!x' '-x'; do echo new > \"./$name\"; done; echo log > a.log")
+        patch = box.diff()
+    assert [f"+++ b/{name}" in patch for name in (":(", ":wq", ":!x", "-x", "a.log")] == [True] * 4 + [False]
+
+
 def test_one_commit_and_nothing_of_the_past(tmp_path):
     """A git repository is handed over at base_commit; what came later, other branches and remotes are not there."""
     def git(*args):
