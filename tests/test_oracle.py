@@ -132,6 +132,24 @@ def test_tests_that_the_student_changed_are_put_back():
     assert task.row["patch"].count("diff ") == patch.count("diff "), transcript(messages)
 
 
+def test_it_knows_no_more_than_the_screen_shows():
+    """Two labels that only the gold text explained: that an edited file was right, and that a repair which passes all tests
+    is spelled otherwise than the gold one."""
+    task = first("traced")
+    right = task.edits[0].path
+    other = next(path for path in task.row["local"]["source"] if path.endswith(".py") and path.split("/")[0] == right.split("/")[0]
+                 and path != right and "__init__" not in path)  # fmt: skip
+    for path in (right, other):
+        messages = prompts.opening(task.row)
+        messages += [{"role": "assistant", "content": block(f"sed -i 's/zzz/yyy/' {path}")}, {"role": "user", "content": "exit 0\n"}]
+        assert actions.parse(oracle.act(task.row, messages)) == "pytest"  # both screens say the same
+    task = first("direct")
+    messages = prompts.opening(task.row)
+    for command in (f"sed -i 's/return.*/return 1/' {task.edits[0].path}", "pytest"):
+        messages += [{"role": "assistant", "content": block(command)}, {"role": "user", "content": "exit 0\n"}]
+    assert actions.parse(oracle.act(task.row, messages)) == "submit"
+
+
 def test_is_a_function_of_the_conversation():
     task = first("traced")
     messages = prompts.opening(task.row)
