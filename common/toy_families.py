@@ -293,4 +293,5 @@ def ordering(rng, names):
 
 SEEN = (arithmetic, boundary, off_by_one, wrong_variable, swapped, missing_case, wrong_default, wrong_key,
         missing_return, string_case, aggregate, logic)  # fmt: skip
+FEW = (arithmetic, boundary, string_case, aggregate, logic)  # the bugs of train5, dev5 and study5
 UNSEEN = (separator, ordering)  # in dev, test and study only

@@ -7,6 +7,9 @@ that was expected. See toy_families for the kinds of bug and toy_words for the n
 Kinds: `direct`, the issue names the function with the bug; `follow`, it names a function that only calls that one in
 another module; `traced`, it names none, and the failing test does; `double`, two functions of one module have a bug.
 
+train5, dev5 and study5 have bugs of five families instead of twelve, a choice of one among three or four each: what a tiny
+student can learn of 1,200 labels. The other functions of a module are of all families there, too.
+
 Everything is derived from (split, index) by hashlib, so a task never depends on how many others were made.
 """
 
@@ -21,7 +24,7 @@ from common import toy_families, toy_words
 from common.errors import InputError
 from common.toy_families import Function
 
-SIZES = {"train": 600, "dev": 80, "test": 100, "study": 300}
+SIZES = {"train": 600, "dev": 80, "test": 100, "study": 300, "train5": 600, "dev5": 80, "study5": 300}
 
 # Knobs of the difficulty. A change of any makes other tasks: raise VERSION, which is part of every row and seed.
 VERSION = "1"
@@ -135,7 +138,8 @@ def task(split: str, index: int) -> Task:
     """Task number `index` (from 0) of a split."""
     if split not in SIZES or not 0 <= index < SIZES[split]:
         raise InputError(f"no toy task {index} in split {split!r}")
-    families = toy_families.SEEN + (() if split == "train" else toy_families.UNSEEN)
+    seen = toy_families.FEW * 2 if split.endswith("5") else toy_families.SEEN
+    families = seen + (() if split.startswith("train") else toy_families.UNSEEN)
     family = _spread(families, split, "family", index)
     kind = _spread([kind for kind, share in KINDS.items() for _ in range(share)], split, "kind", index)
     for attempt in range(50):
