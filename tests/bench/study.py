@@ -1,25 +1,33 @@
 """The study's results, one line of study.jsonl per (arm, seed), and its tables. tests/bench/study.sh makes the runs.
 
-    python tests/bench/study.py tables
+    python tests/bench/study.py tables [FILE]
 
-What was decided before the first result was there, and is what `tables` prints:
+What was decided before the first result of study.jsonl was there, and is what `tables` prints:
 
-* The outcome is the share of the 300 tasks of toy:study that the chosen checkpoint resolves, greedy, alone.
+* The outcome is the share of the 300 tasks of toy:study5 that the chosen checkpoint resolves, greedy, alone.
 * The first question: dagger - sft, at the same number of labels and optimiser steps, over seeds 0 to 4. Its answer is the
   mean difference with two 95 % intervals, the hierarchical bootstrap over seeds and tasks and the t-interval over the
-  per-seed differences; the wider one counts. (Both are about other seeds on these 300 tasks.) "DAgger is ahead" is said only if that one is clear of zero. The aim was 10
-  points.
+  per-seed differences; the wider one counts. (Both are about other seeds on these 300 tasks.) "DAgger is ahead" is said
+  only if that one is clear of zero. The aim was 10 points.
 * Second questions, each with the same two intervals and without a claim of their own (they are many): every other arm
   against sft (seeds 0 to 2), dagger against sft-tasks (the match by tasks, seeds 0 to 4), and dagger - sft by kind of task
   (direct, follow, traced, double; families in train and not in train).
 * Mechanism: how the unresolved tasks ended and what is wrong with their patches (failure modes); of the tasks whose first
   test run after the first edit failed ("erred"), how many were resolved after all ("recovered"), for tasks with one bug
   and with two apart (there, a failing test after the first edit is no error); and -log p per token of the expert's
-  actions at the states that the student brings about itself and at those of the expert, on toy:dev:40, after each
+  actions at the states that the student brings about itself and at those of the expert, on toy:dev5:40, after each
   iteration. Their difference is the shift.
 * Expected, from a first measurement on other tasks: dagger ahead where the way back is missing from the demonstrations
   and easier than the first try (tasks with one bug), behind or equal where demonstrations hold it (two bugs: `double`).
 * No seed, arm or task is left out. A run is repeated only if the machine failed, from where it stopped.
+
+This is the second design. The first one (2026-11-25, study_first.jsonl, at commit 1f15eae) had all families of bugs
+(toy:train, toy:dev:40, toy:study) and at most 9 turns. It was given up after the first runs of dagger, before any of sft had
+a result, because what it was to measure did not happen there: of 125 tasks with one bug whose first edit failed, a dagger
+student resolved 9.5 after all (8 %). With 1,200 labels for some 45 choices it had not learnt what to do after a failing test,
+whose message is as new to it as the issue was, and 9 turns leave room for one retry. So: five families instead of twelve,
+twelve turns instead of nine (two retries), and tasks that nobody had seen. The oracle was mended in between: it submits
+whatever passes all tests, and calls an edited file right only where the screen says so. Everything else is as it was.
 """
 
 import json
@@ -30,19 +38,20 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS = Path(__file__).with_name("study.jsonl")
 TASKS = 300
+SPLIT = "study5"
 
 from common import grading, jsonl, mixing, table, toy_tasks  # noqa: E402
 from common.failures import FAILURE_MODES, failure_mode  # noqa: E402
 from common.intervals import combine_seeds  # noqa: E402
 
 
-def read() -> list[dict]:
+def read(path: Path = RESULTS) -> list[dict]:
     """The finished (arm, seed) lines."""
-    return list(jsonl.read(RESULTS)) if RESULTS.exists() else []
+    return list(jsonl.read(path)) if path.exists() else []
 
 
 def place(instance_id: str) -> int:
-    """toy-study-0007 -> 6."""
+    """toy-study5-0007 -> 6."""
     return int(instance_id.rpartition("-")[2]) - 1
 
 
@@ -99,7 +108,7 @@ def line(run: Path, arm: str, seed: int) -> dict:
     rollouts = {place(record["instance_id"]): record for record in jsonl.read(test / "trajectories.jsonl")}
     failures: dict[str, list[int]] = {}
     patches: dict[str, list[int]] = {}
-    for number, row in enumerate(toy_tasks.load("study")):
+    for number, row in enumerate(toy_tasks.load(SPLIT)):
         if results[number]["failure_mode"]:
             failures.setdefault(results[number]["failure_mode"], []).append(number)
             patches.setdefault(patch_mode(test, row, rollouts[number]["patch"]), []).append(number)
@@ -125,6 +134,7 @@ def line(run: Path, arm: str, seed: int) -> dict:
     return {
         "arm": arm,
         "seed": seed,
+        "tasks": SPLIT,
         "chosen": chosen,
         "resolved": "".join(str(int(results[number]["resolved"])) for number in range(TASKS)),
         "failures": failures,
@@ -144,9 +154,9 @@ ARMS = ("sft", "dagger", "dagger-paper", "aggrevate", "rft", "sft-tasks")
 ONE_BUG = ("direct", "follow", "traced")
 
 
-def groups() -> dict[str, list[int]]:
+def groups(split: str) -> dict[str, list[int]]:
     """Sets of study tasks that are compared apart."""
-    rows = toy_tasks.load("study")
+    rows = toy_tasks.load(split)
     found = {kind: [i for i, row in enumerate(rows) if row["kind"] == kind] for kind in toy_tasks.KINDS}
     for name, unseen in (("families in train", False), ("families not in train", True)):
         found[name] = [i for i, row in enumerate(rows) if row["unseen_family"] == unseen]
@@ -183,13 +193,15 @@ def mean(numbers) -> float:
     return sum(numbers) / len(numbers)
 
 
-def tables() -> None:
-    lines = {(found["arm"], found["seed"]): found for found in read()}
+def tables(path: Path) -> None:
+    lines = {(found["arm"], found["seed"]): found for found in read(path)}
     if not lines:
-        raise SystemExit(f"{RESULTS}: no results yet; tests/bench/study.sh makes them")
+        raise SystemExit(f"{path}: no results yet; tests/bench/study.sh makes them")
+    split = next(iter(lines.values())).get("tasks", "study")  # the first design did not say
+    dev_tasks = "toy:dev5:40" if split.endswith("5") else "toy:dev:40"
     by_arm = {arm: [lines[key] for key in sorted(lines) if key[0] == arm] for arm in ARMS}
     by_arm = {arm: found for arm, found in by_arm.items() if found}
-    every, apart = list(range(TASKS)), groups()
+    every, apart = list(range(TASKS)), groups(split)
     one_bug = set().union(*(apart[kind] for kind in ONE_BUG))
 
     rows = []
@@ -202,7 +214,7 @@ def tables() -> None:
         rows.append([arm, str(len(found)), f"{mean(rates):.1%}", " ".join(f"{rate:.0%}" for rate in rates), f"{seen:.1%}",
                      f"{unseen:.1%}", *(f"{number:,.0f}" for number in total.values()),
                      " ".join(str(one["chosen"]) for one in found)])  # fmt: skip
-    print_table(f"toy:study, {TASKS} tasks, resolved by the checkpoint that was best on toy:dev:40",
+    print_table(f"toy:{split}, {TASKS} tasks, resolved by the checkpoint that was best on {dev_tasks}",
                 ["arm", "seeds", "resolved", "each", "families in train", "not in train", "labels", "label tokens", "steps",
                  "tasks", "chosen iteration"], rows)  # fmt: skip
 
@@ -237,7 +249,7 @@ def tables() -> None:
             dev = mean(one["iterations"][i]["dev"] for one in found)
             rows.append([arm, str(i + 1), f"{share:.2f}", f"{student:.3f}", f"{teacher:.3f}", f"{student - teacher:.3f}",
                          f"{dev:.1f}/40"])  # fmt: skip
-    print_table("-log p per token of the expert's actions on toy:dev:40, at the states of the student's own episodes and of "
+    print_table(f"-log p per token of the expert's actions on {dev_tasks}, at the states of the student's own episodes and of "
                 "the expert's", ["arm", "iteration", "teacher turns", "student's states", "expert's states", "shift",
                                  "resolved"], rows)  # fmt: skip
 
@@ -254,7 +266,7 @@ def main() -> None:
             stream.write(made + "\n")
         print(made[:200])
     elif command == "tables":
-        tables()
+        tables(Path(rest[0]) if rest else RESULTS)
     else:
         raise SystemExit(__doc__)
 

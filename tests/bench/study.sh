@@ -5,9 +5,9 @@
 #   SEEDS="0 1" ARMS="dagger sft" tests/bench/study.sh
 #   JOBS=2 tests/bench/study.sh           so many seeds at once, with one thread each
 #
-# Every arm: 3 iterations on fresh tasks of toy:train, exactly 400 teacher labels (but for sft-tasks) and 3 x 44 optimiser
-# steps in each, going on from the last adapter; three checkpoints are scored on toy:dev:40, the best one (the earliest of
-# equals) on toy:study, which nothing else reads. Arms differ in who acts while tasks are collected:
+# Every arm: 3 iterations on fresh tasks of toy:train5, exactly 400 teacher labels (but for sft-tasks) and 3 x 44 optimiser
+# steps in each, going on from the last adapter; three checkpoints are scored on toy:dev5:40, the best one (the earliest of
+# equals) on toy:study5, which nothing else reads. Arms differ in who acts while tasks are collected:
 #
 #   sft           the teacher alone, always (beta 1): behaviour cloning on fresh demonstrations
 #   dagger        beta 1, 0.5, 0 (linear:2)
@@ -33,22 +33,21 @@ export PYTHON
 case $HOME_OF_RUNS in /*) ;; *) HOME_OF_RUNS=$PWD/$HOME_OF_RUNS ;; esac
 
 loop() { # RUN SEED, knobs as NAME=VALUE...
-    env RUN="$HOME_OF_RUNS/$1" SEED="$2" ITERATIONS=3 SAMPLE=78 MAX_LABELS=400 AGGREGATE=current WORKERS=40 \
-        EVAL_TASKS=toy:dev:40 TEST_TASKS=toy:study TRAIN_FLAGS="--epochs 3 --steps-per-epoch 44" "${@:3}" \
+    env RUN="$HOME_OF_RUNS/$1" SEED="$2" ITERATIONS=3 SAMPLE=85 MAX_LABELS=400 AGGREGATE=current WORKERS=40 \
+        TASKS=toy:train5 EVAL_TASKS=toy:dev5:40 TEST_TASKS=toy:study5 STAGES=collect,relabel,train,eval,test \
+        AGENT_FLAGS="--max-turns 12" TRAIN_FLAGS="--epochs 3 --steps-per-epoch 44 --measure 0" "${@:3}" \
         ./run_loop.sh >/dev/null
 }
 
-begin() { # RUN SEED PART...: what runs of a seed have in common
-    local common=$HOME_OF_RUNS/first-$2 part
-    [ -e "$common/done" ] || { loop "first-$2" "$2" SCHEDULE=constant:1 ITERATIONS=1 TEST_TASKS=; touch "$common/done"; }
-    mkdir -p "$HOME_OF_RUNS/$1"
-    for part in "${@:3}"; do
-        [ -e "$HOME_OF_RUNS/$1/$part" ] || {
-            rm -rf "$HOME_OF_RUNS/$1/half"
-            cp -a "$common/$part" "$HOME_OF_RUNS/$1/half"
-            mv "$HOME_OF_RUNS/$1/half" "$HOME_OF_RUNS/$1/$part"
-        }
-    done
+begin() { # RUN SEED: the first iteration, which runs of a seed have in common
+    local first=$HOME_OF_RUNS/first-$2
+    [ -e "$first/done" ] || { loop "first-$2" "$2" SCHEDULE=constant:1 ITERATIONS=1 TEST_TASKS=; touch "$first/done"; }
+    [ -e "$HOME_OF_RUNS/$1/iter_001" ] || {
+        rm -rf "$HOME_OF_RUNS/$1"
+        mkdir -p "$HOME_OF_RUNS/$1"
+        cp -a "$first/iter_001" "$HOME_OF_RUNS/$1/half"
+        mv "$HOME_OF_RUNS/$1/half" "$HOME_OF_RUNS/$1/iter_001"
+    }
 }
 
 one() { # ARM SEED; no && and || here: they would switch off set -e
@@ -64,22 +63,18 @@ one() { # ARM SEED; no && and || here: they would switch off set -e
         sft-tasks) knobs=(SCHEDULE=constant:1 MAX_LABELS="$("$PYTHON" tests/bench/study.py match-tasks "$HOME_OF_RUNS" "$2")") ;;
         *) echo "no arm $1" >&2; return 2 ;;
     esac
-    case $1 in
-        rft) begin "$run" "$2" iter_000 ;;
-        aggrevate) begin "$run" "$2" iter_000 teacher ;;
-        *) begin "$run" "$2" iter_000 teacher iter_001 ;;
-    esac
+    case $1 in rft | aggrevate) ;; *) begin "$run" "$2" ;; esac
     loop "$run" "$2" "${knobs[@]}"
     for i in 1 2 3; do shift_of "$HOME_OF_RUNS/$run" "$i"; done
     "$PYTHON" tests/bench/study.py line "$HOME_OF_RUNS/$run" "$1" "$2"
 }
 
-shift_of() { # RUN ITERATION: -log p of the expert's actions at the states that the student and the expert meet on toy:dev:40
+shift_of() { # RUN ITERATION: -log p of the expert's actions at the states that the student and the expert meet on toy:dev5:40
     local who from to
     for who in student teacher; do
         to=$1/iter_00$2/at_states_of_$who
         from=$1/iter_00$2/eval
-        if [ $who = teacher ]; then from=$HOME_OF_RUNS/first-${1##*-}/teacher/eval; fi
+        if [ $who = teacher ]; then from=$HOME_OF_RUNS/teacher; fi
         if [ -e "$to/label_nll.jsonl" ]; then continue; fi
         mkdir -p "$to"
         cp "$from/trajectories.jsonl" "$to/trajectories.jsonl"
@@ -93,6 +88,8 @@ seed() { # SEED ARM...
     for arm in "${@:2}"; do one "$arm" "$1"; done
 }
 export -f loop begin one shift_of seed
+
+"$PYTHON" 04_eval.py --tasks toy:dev5:40 --student oracle --out "$HOME_OF_RUNS/teacher" --workers 4 --max-turns 12 >/dev/null
 
 main=" dagger sft sft-tasks "
 first=() others=()
