@@ -7,8 +7,9 @@ that was expected. See toy_families for the kinds of bug and toy_words for the n
 Kinds: `direct`, the issue names the function with the bug; `follow`, it names a function that only calls that one in
 another module; `traced`, it names none, and the failing test does; `double`, two functions of one module have a bug.
 
-train5, dev5 and study5 have bugs of five families instead of twelve, a choice of one among three or four each: what a tiny
-student can learn of 1,200 labels. The other functions of a module are of all families there, too.
+train5, dev5 and study5 have bugs of five families instead of twelve, a choice of one among three or four each, named by the
+issue (direct and follow alone), and a failing test prints the right expression: a second try is a matter of looking, and no
+demonstration holds one.
 
 Everything is derived from (split, index) by hashlib, so a task never depends on how many others were made.
 """
@@ -29,13 +30,14 @@ SIZES = {"train": 600, "dev": 80, "test": 100, "study": 300, "train5": 600, "dev
 # Knobs of the difficulty. A change of any makes other tasks: raise VERSION, which is part of every row and seed.
 VERSION = "1"
 KINDS = {"direct": 13, "follow": 2, "traced": 3, "double": 2}  # of every 20 tasks
+KINDS_5 = {"direct": 17, "follow": 3}  # of train5, dev5, study5
 VAGUE = 0.35  # share of the issues (where the family has such words) that fit several fixes
 WORDINGS = 99  # at most so many different clauses for one option
 FRAMES = 99  # at most so many different sentences around a clause
 DOUBLE_TOLD = 1.0  # share of the double tasks whose issue names both functions; else a failing test shows the second
 FUNCTIONS = 3  # in a module
 SHOWS = "words"  # what a failing test prints: `values`, got and expected; `call`, the call and the answer expected;
-#                 `words`, that and the behaviour in words that are always the same
+#                 `words`, that and the behaviour in words that are always the same (train5, ...: the right code)
 
 # The issue around a clause: {f} the function, {p} the package, {w} the clause, {W} the clause with a capital; {g} and
 # {v} a second function and its clause.
@@ -141,7 +143,8 @@ def task(split: str, index: int) -> Task:
     seen = toy_families.FEW * 2 if split.endswith("5") else toy_families.SEEN
     families = seen + (() if split.startswith("train") else toy_families.UNSEEN)
     family = _spread(families, split, "family", index)
-    kind = _spread([kind for kind, share in KINDS.items() for _ in range(share)], split, "kind", index)
+    kinds = KINDS_5 if split.endswith("5") else KINDS
+    kind = _spread([kind for kind, share in kinds.items() for _ in range(share)], split, "kind", index)
     for attempt in range(50):
         made = _make(_rng(split, index, attempt), split, index, family, kind)
         if made:
@@ -302,6 +305,8 @@ def _make(rng: random.Random, split: str, index: int, family, kind: str) -> Task
             if cases is None:
                 return None
             is_broken, words = function in broken, function.clear[function.right][0]
+            if split.endswith("5"):
+                words = function.options[function.right]
             tests = [("", cases[0]), ("_2", cases[1]), ("_3", cases[2])]
             if is_broken and entry:  # the public function has the visible test
                 outer = [(entry[0] + suffix, entry[0], chosen) for suffix, chosen in tests]
