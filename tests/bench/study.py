@@ -33,7 +33,8 @@ So this design asks the question where it can be answered, where the way back is
 families of bugs instead of twelve; the issue names a function (direct, follow; no demonstration begins with a failing test);
 a failing test prints the right expression; twelve turns. What it says is about such tasks. study5 had been read by nobody.
 The oracle was mended in between: it submits whatever passes all tests, and calls an edited file right only where the screen
-says so. Everything else is as it was.
+says so. Everything else is as it was. A pilot on 60 tasks of that kind, seed 0: after iteration 1 (sft) 30 resolved, 6 of 35
+repaired after a failing test (19 read the file again and again); after dagger's second 33 and 12 of 34.
 """
 
 import json
