@@ -45,7 +45,7 @@ CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "KILL", "SETGID", "SETUID"]
 
 # `read` and `wait` once a second, because bash reaps orphans between commands only.
 # bash would end at a signal that it has a handler for: all of them but USR1 (10) and CHLD (17) are ignored.
-INIT = "trap '' {1..9} {11..16} {18..31}; trap 'kill -KILL -1' USR1; exec 3<> <(:); while :; do read -r -t 1 -u 3; wait; done"
+INIT = "trap 'kill -KILL -1' USR1; trap '' {1..9} {11..16} {18..31}; exec 3<> <(:); while :; do read -r -t 1 -u 3; wait; done"
 # stdout and stderr go the same way, or their order would be lost; the wrapper's own words ("Killed") go nowhere.
 COMMAND = 'exec 3>&1 >/dev/null 2>&1; cd /testbed 2>&3; bash -c "$1" >&3 2>&1 3>&-; code=$?; kill -KILL -1; exit $code'
 ACTIVATE = """if [ -f /opt/miniconda3/bin/activate ]; then . /opt/miniconda3/bin/activate; conda activate testbed; fi >/dev/null 2>&1
