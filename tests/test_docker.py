@@ -188,7 +188,7 @@ class TestPromises(EngineTests):
 
     @pytest.mark.parametrize("sign", ["TERM", "HUP", "KILL"])
     def test_what_outlives_its_wrapper_dies_too(self, box, sign):
-        box.run(f"(setsid sh -c 'while :; do date >> /tmp/alive; sleep 0.1; done' >/dev/null 2>&1 </dev/null &); kill -{sign} $PPID")
+        box.run(f"touch /tmp/alive; (setsid sh -c 'while :; do date >> /tmp/alive; sleep 0.1; done' >/dev/null 2>&1 </dev/null &); kill -{sign} $PPID")
         time.sleep(1.5)
         before = sh(box, "wc -l < /tmp/alive")
         time.sleep(0.5)
