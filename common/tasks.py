@@ -25,7 +25,7 @@ from common import jsonl, mixing, repositories, repository, run, schema
 from common.errors import InputError, StageError
 
 SPECS = (
-    "toy:train|dev|test|study (and train5|dev5|study5), swe-bench-verified, swe-bench-lite, swe-gym:train|holdout, swe-gym-lite, "
+    "toy:train|dev|test|study (and train2|dev2|study2), swe-bench-verified, swe-bench-lite, swe-gym:train|holdout, swe-gym-lite, "
     "dataset:NAME:SPLIT, or a .jsonl, .json or .parquet file; each may end in :N"
 )
 DATASETS = {  # spec -> the data set's name on the hub, its split

@@ -291,7 +291,52 @@ def ordering(rng, names):
                  lambda rng: (rng.sample(range(1, 10), 3),), clear, rng, vague, bug, right)  # fmt: skip
 
 
+def _computed(rng, names, right: int, others: set[int], clauses: list[str]):
+    """Adds a number that the issue does not tell: it tells what to reckon. `{a}` in a clause is the parameter."""
+    (a,) = names.params(1)
+    near = {right + rng.choice([-30, -20, -10, -7, -3, -2, 2, 3, 7, 10, 20, 30]) for _ in range(6)}
+    wrong = sorted(n for n in near | others if n > 9 and n != right)
+    options = [f"{a} + {n}" for n in [right, *rng.sample(wrong, 3)]]
+    return _body(names.function(), [a], options, "    return {site}", lambda rng: (rng.randint(1, 9),),
+                 {0: [clause.replace("{a}", a) for clause in clauses]}, rng, right=0)  # fmt: skip
+
+
+def conversion(rng, names):
+    """An amount in another unit."""
+    unit, small, factor = rng.choice([("hours", "minutes", 60), ("minutes", "seconds", 60), ("days", "hours", 24),
+                                      ("weeks", "days", 7), ("dozens", "pieces", 12), ("years", "months", 12)])  # fmt: skip
+    n = rng.randint(3, 19)
+    clauses = [f"{n} {unit} come on top of the {{a}}, in {small}", f"the {{a}} goes up by {n} {unit}, told in {small}",
+               f"it is the {{a}} and {n} {unit} more, all in {small}"]  # fmt: skip
+    return _computed(rng, names, n * factor, {n + factor, n * 10, n * 100, n}, clauses)
+
+
+def product(rng, names):
+    """So many times so many."""
+    x, y = rng.randint(3, 19), rng.randint(6, 19)
+    clauses = [f"{x} rows of {y} come on top of the {{a}}", f"the {{a}} goes up by {x} times {y}",
+               f"it is the {{a}} and {x} packs of {y} more"]  # fmt: skip
+    return _computed(rng, names, x * y, {x + y, x * (y + 1), (x + 1) * y}, clauses)
+
+
+def total(rng, names):
+    """Two amounts in one."""
+    x, y = rng.randint(11, 89), rng.randint(11, 89)
+    clauses = [f"both {x} and {y} come on top of the {{a}}", f"the {{a}} goes up by {x} and then by {y}",
+               f"it is the {{a}} and {x} and {y} more"]  # fmt: skip
+    return _computed(rng, names, x + y, {x, y, abs(x - y)}, clauses)
+
+
+def remaining(rng, names):
+    """What is left of an amount."""
+    x, y = rng.randint(100, 300), rng.randint(11, 89)
+    clauses = [f"{x} but for {y} come on top of the {{a}}", f"the {{a}} goes up by {x} less {y}",
+               f"{y} out of {x} are gone and the rest goes to the {{a}}"]  # fmt: skip
+    return _computed(rng, names, x - y, {x, y, x + y}, clauses)
+
+
 SEEN = (arithmetic, boundary, off_by_one, wrong_variable, swapped, missing_case, wrong_default, wrong_key,
         missing_return, string_case, aggregate, logic)  # fmt: skip
-FEW = (arithmetic, boundary, string_case, aggregate, logic)  # the bugs of train5, dev5 and study5
-UNSEEN = (separator, ordering)  # in dev, test and study only
+TOLD = (arithmetic, boundary, string_case, aggregate, logic)  # train2, dev2, study2: the issue tells one of a few options,
+COMPUTED = (conversion, product, total, remaining)  # or what to reckon, which is more than a very small student can do
+UNSEEN = (separator, ordering)  # in splits other than train and train2 only

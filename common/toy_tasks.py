@@ -7,9 +7,10 @@ that was expected. See toy_families for the kinds of bug and toy_words for the n
 Kinds: `direct`, the issue names the function with the bug; `follow`, it names a function that only calls that one in
 another module; `traced`, it names none, and the failing test does; `double`, two functions of one module have a bug.
 
-train5, dev5 and study5 have bugs of five families instead of twelve, a choice of one among three or four each, named by the
-issue (direct and follow alone), and a failing test prints the right expression: a second try is a matter of looking, and no
-demonstration holds one.
+train2, dev2 and study2 ask whether a student learns the way back that no demonstration shows. The issue names a function
+(direct and follow alone). In half of the tasks it tells which of a few options is right (toy_families.TOLD), in the other
+half what to reckon (COMPUTED), which the expert can and a very small student cannot. A failing test prints the right code,
+so that a second try is a matter of looking.
 
 Everything is derived from (split, index) by hashlib, so a task never depends on how many others were made.
 """
@@ -25,19 +26,19 @@ from common import toy_families, toy_words
 from common.errors import InputError
 from common.toy_families import Function
 
-SIZES = {"train": 600, "dev": 80, "test": 100, "study": 300, "train5": 600, "dev5": 80, "study5": 300}
+SIZES = {"train": 600, "dev": 80, "test": 100, "study": 300, "train2": 600, "dev2": 80, "study2": 300}
 
 # Knobs of the difficulty. A change of any makes other tasks: raise VERSION, which is part of every row and seed.
 VERSION = "1"
 KINDS = {"direct": 13, "follow": 2, "traced": 3, "double": 2}  # of every 20 tasks
-KINDS_5 = {"direct": 17, "follow": 3}  # of train5, dev5, study5
+KINDS_2 = {"direct": 17, "follow": 3}  # of train2, dev2, study2
 VAGUE = 0.35  # share of the issues (where the family has such words) that fit several fixes
 WORDINGS = 99  # at most so many different clauses for one option
 FRAMES = 99  # at most so many different sentences around a clause
 DOUBLE_TOLD = 1.0  # share of the double tasks whose issue names both functions; else a failing test shows the second
 FUNCTIONS = 3  # in a module
 SHOWS = "words"  # what a failing test prints: `values`, got and expected; `call`, the call and the answer expected;
-#                 `words`, that and the behaviour in words that are always the same (train5, ...: the right code)
+#                 `words`, that and the behaviour in words that are always the same (train2, ...: the right code)
 
 # The issue around a clause: {f} the function, {p} the package, {w} the clause, {W} the clause with a capital; {g} and
 # {v} a second function and its clause.
@@ -140,10 +141,11 @@ def task(split: str, index: int) -> Task:
     """Task number `index` (from 0) of a split."""
     if split not in SIZES or not 0 <= index < SIZES[split]:
         raise InputError(f"no toy task {index} in split {split!r}")
-    seen = toy_families.FEW * 2 if split.endswith("5") else toy_families.SEEN
-    families = seen + (() if split.startswith("train") else toy_families.UNSEEN)
+    families = toy_families.TOLD * 4 + toy_families.COMPUTED * 5 if split.endswith("2") else toy_families.SEEN
+    if not split.startswith("train"):
+        families += toy_families.UNSEEN * (4 if split.endswith("2") else 1)
     family = _spread(families, split, "family", index)
-    kinds = KINDS_5 if split.endswith("5") else KINDS
+    kinds = KINDS_2 if split.endswith("2") else KINDS
     kind = _spread([kind for kind, share in kinds.items() for _ in range(share)], split, "kind", index)
     for attempt in range(50):
         made = _make(_rng(split, index, attempt), split, index, family, kind)
@@ -305,7 +307,7 @@ def _make(rng: random.Random, split: str, index: int, family, kind: str) -> Task
             if cases is None:
                 return None
             is_broken, words = function in broken, function.clear[function.right][0]
-            if split.endswith("5"):
+            if split.endswith("2"):
                 words = function.options[function.right]
             tests = [("", cases[0]), ("_2", cases[1]), ("_3", cases[2])]
             if is_broken and entry:  # the public function has the visible test

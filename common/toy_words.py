@@ -83,8 +83,8 @@ POOLS = {
 
 
 def words(split: str, role: str) -> list[str]:
-    """The names of one role that belong to one split; train5 has those of train, and so on."""
-    split = split.rstrip("5")
+    """The names of one role that belong to one split; train2 has those of train, and so on."""
+    split = split.removesuffix("2")
     start = sum(_SHARE[s] for s in SPLITS[: SPLITS.index(split)])
     every = POOLS[role].split()
     # 7 is prime to 20: neighbours in the (alphabetical) lists land in different splits

@@ -316,7 +316,7 @@ class TestPatches(EngineTests):
         with DockerSandbox(row) as box:
             sh(box, "echo x >> calc.py")
             box.diff()
-        assert not [c for c in module.engine().containers.list(all=True, filters={"label": "swe-dagger"})
+        assert not [c for c in module.engine().containers.list(all=True, filters={"label": "swe-dagger"}, ignore_removed=True)
                     if c.labels["swe-dagger.owner"] == module.labels()["swe-dagger.owner"]]
         assert not list(home().glob("tmp*"))
 

@@ -47,7 +47,7 @@ def undisturbed(tasks, tmp_path_factory):
 def ours() -> list:
     import docker
 
-    return docker.from_env().containers.list(all=True, filters={"label": "swe-dagger"})
+    return docker.from_env().containers.list(all=True, filters={"label": "swe-dagger"}, ignore_removed=True)
 
 
 def comparable(path):

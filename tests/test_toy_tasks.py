@@ -18,7 +18,7 @@ from common.errors import InputError
 from common.grading import grade
 
 SPLITS = sorted(toy_tasks.SIZES)
-WORDS = ["dev", "study", "test", "train"]  # the splits whose names are their own; train5 has those of train, and so on
+WORDS = ["dev", "study", "test", "train"]  # the splits whose names are their own; train2 has those of train, and so on
 
 
 def apply(files: dict[str, str], patch: str) -> dict[str, str]:
@@ -128,17 +128,17 @@ def test_the_same_for_everybody():
 def test_every_prefix_is_balanced(split):
     rows = toy_tasks.load(split)
     unseen = set() if split.startswith("train") else {f.__name__ for f in toy_families.UNSEEN}
-    seen, times = (toy_families.FEW, 2) if split.endswith("5") else (toy_families.SEEN, 1)
     assert len(toy_families.SEEN) >= 10 and len(toy_families.UNSEEN) == 2
-    block = len(seen) * times + len(unseen)
-    for n in (block, 40, len(rows)):
-        counts = Counter(r["family"] for r in rows[:n])
-        assert counts.keys() == unseen | {family.__name__ for family in seen}
-        for group in (unseen, counts.keys() - unseen):  # in every whole block each as often as it should be, and so nearly
-            numbers = [counts[family] for family in group]
-            assert not numbers or max(numbers) - min(numbers) <= times
+    if split.endswith("2"):
+        shares = dict.fromkeys((f.__name__ for f in toy_families.TOLD), 4) | dict.fromkeys(unseen, 4)
+        shares |= dict.fromkeys((f.__name__ for f in toy_families.COMPUTED), 5)
+    else:
+        shares = dict.fromkeys((f.__name__ for f in toy_families.SEEN), 1) | dict.fromkeys(unseen, 1)
+    block = sum(shares.values())
+    for n in range(block, len(rows), block):
+        assert Counter(r["family"] for r in rows[n - block : n]) == shares
     assert {r["family"] for r in rows if r["unseen_family"]} == unseen
-    assert Counter(r["kind"] for r in rows[:20]) == (toy_tasks.KINDS_5 if split.endswith("5") else toy_tasks.KINDS)
+    assert Counter(r["kind"] for r in rows[:20]) == (toy_tasks.KINDS_2 if split.endswith("2") else toy_tasks.KINDS)
 
 
 def test_splits_share_no_names_and_no_texts():
@@ -160,7 +160,7 @@ def test_splits_share_no_names_and_no_texts():
     fixed = {"__init__", "tests", "pytest.ini"}
     for i, one in enumerate(SPLITS):
         for j, other in enumerate(SPLITS[:i]):
-            if one.rstrip("5") != other.rstrip("5"):
+            if one.removesuffix("2") != other.removesuffix("2"):
                 assert not texts[i] & texts[j]
                 assert names[i] & names[j] == fixed
 
