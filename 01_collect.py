@@ -201,7 +201,8 @@ def work(args: Args) -> None:
             "teacher": same["teacher"],
         }
         if show:
-            how = f"beta {beta:g}" if kappa is None else f"the student acts in turns 0 to {kappa - 1}" if kappa else "the teacher acts"
+            first = f"the student acts in turns 0 to {kappa - 1}" if kappa else "the teacher acts"
+            how = f"beta {beta:g}" if kappa is None else first
             show.title(f"{instance_id}   iteration {args.iteration}   {how}")
         try:
             record = agent.trajectory(row, head, ask, args, count, show or (lambda message: None))

@@ -251,7 +251,8 @@ def _postfix(record: dict) -> dict:
 
 
 def measure(labels) -> dict:
-    """Labelled states and trajectories, counts by source; agree is the share of the student's turns at which the teacher gives the same command.
+    """Labelled states and trajectories, counts by source; agree is the share of the student's turns at which the teacher
+    gives the same command.
 
     Tokens and seconds are those of what was asked here; a label from the cache costs nothing, an executed one was paid for
     when it was executed.

@@ -98,8 +98,8 @@ def work(args: Args) -> None:
     if args.student:
         student = policies.open_policy(
             args.student, role="student", batch=args.workers,
-            **args.options("student") | {"key_env": args.teacher_key_env}, temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
-            max_context=args.max_context,
+            **args.options("student") | {"key_env": args.teacher_key_env}, temperature=args.temperature, top_p=args.top_p,
+            max_new_tokens=args.max_new_tokens, max_context=args.max_context,
         )  # fmt: skip
     else:
         given = read_patches(args, rows)

@@ -69,7 +69,8 @@ def rollout(
     flags: AgentFlags,
     watch: Callable[[dict], None] = lambda message: None,
 ) -> dict:
-    """Run one episode in the started sandbox `box`. `ask(turn, chat)` returns (actor, policies.Answer); `watch` sees each message as it is stored.
+    """Run one episode in the started sandbox `box`. `ask(turn, chat)` returns (actor, policies.Answer); `watch` sees each
+    message as it is stored.
 
     Returns {"messages", "exit_status", "patch"}. The patch is the difference of the tree to base_commit however the
     episode ended. Raises InfraError, with what there was in its attribute `record`, where engine or service failed.

@@ -136,7 +136,8 @@ def _method(manifest: dict) -> str:
 
 def _selection(student) -> str:
     """Which of the visited states were labelled and trained on, where not all were."""
-    chosen = [of["relabel"]["settings"] for number in _collected(student) if "relabel" in (of := student.stages.get(number, {}))]
+    stages = [student.stages.get(number, {}) for number in _collected(student)]
+    chosen = [of["relabel"]["settings"] for of in stages if "relabel" in of]
     words = []
     if any(settings.get("keep") == "resolved" for settings in [student.settings, *chosen]):
         words.append("those of resolved trajectories alone")

@@ -130,7 +130,8 @@ def notes(found: dict) -> list[str]:
     """What to know of a comparison: which tasks and seeds are not in it, and on what it was made."""
     told = []
     if number := found["left_out"]:
-        told.append(f"{number} task{'s' * (number > 1)} left out, for lack of a result in one of the runs at least (the machine failed)")
+        told.append(f"{number} task{'s' * (number > 1)} left out, for lack of a result in one of the runs at least "
+                    "(the machine failed)")  # fmt: skip
     if found["seeds_left_out"]:
         seeds = ", ".join(map(str, found["seeds_left_out"]))
         told.append(f"not in it, for not both have met the test tasks there: seed {seeds}")

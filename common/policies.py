@@ -48,7 +48,7 @@ class PolicyFlags:
     """The policy flags that 01, 02 and 04 share."""
 
     keep_reasoning: bool = False
-    """store the reasoning that a server returns apart inside the content, as generated; labels that 01 and 02 store so are trained on so"""
+    """store the reasoning that a server returns apart inside the content, as generated; labels stored so are trained on so"""
     price: str | None = None
     """dollars per million tokens, IN,CACHED,OUT, of the teacher (in 04: of the scored policy) on a server"""
     max_cost: float | None = None

@@ -23,7 +23,7 @@ STAGES = {
 }
 
 # in the summaries of 01 (two policies and --inline), 02 and 04
-NAMES = {kind: {f"student_tokens_{kind}", f"teacher_tokens_{kind}", f"inline_{kind}", f"tokens_{kind}"} for kind in ("in", "cached")}
+NAMES = {kind: {f"{who}_{kind}" for who in ("student_tokens", "teacher_tokens", "inline", "tokens")} for kind in ("in", "cached")}
 NAMES |= {"out": {"inline_out", "tokens_out"}, "cost": {"cost"}}
 
 

@@ -33,8 +33,8 @@ class Work:
         """Call do(item) for every item on `workers` threads, and here, in this thread, what came of it.
 
         do(item) gives an iterable of records; record(each) is called as they come, ended(item) after the last one,
-        failed(item, error) after an InfraError. Returns how many items are still without a result. Raises StageError if those are more than `max_infra` of
-        `total`, or if failures come in a row; any other exception of `do` ends the run at once.
+        failed(item, error) after an InfraError. Returns how many items are still without a result. Raises StageError if
+        those are more than `max_infra` of `total`, or if failures come in a row; any other exception of `do` ends the run.
         """
         allowed = self.max_infra * max(self.total, len(items))
         for number in range(1 + self.retries):

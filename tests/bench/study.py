@@ -4,37 +4,37 @@
 
 What was decided before the first result of study.jsonl was there, and is what `tables` prints:
 
-* The outcome is the share of the 300 tasks of toy:study5 that the chosen checkpoint resolves, greedy, alone.
+* The outcome is the share of the 300 tasks of toy:study2 that the chosen checkpoint resolves, greedy, alone.
 * The first question: dagger - sft, at the same number of labels and optimiser steps, over seeds 0 to 4. Its answer is the
   mean difference with two 95 % intervals, the hierarchical bootstrap over seeds and tasks and the t-interval over the
   per-seed differences; the wider one counts. (Both are about other seeds on these 300 tasks.) "DAgger is ahead" is said
   only if that one is clear of zero. The aim was 10 points.
 * Second questions, each with the same two intervals and without a claim of their own (they are many): every other arm
   against sft (seeds 0 to 2), dagger against sft-tasks (the match by tasks, seeds 0 to 4), and dagger - sft by kind of task
-  (direct, follow; families in train and not in train).
+  (direct, follow; told, computed, families not in train).
 * Mechanism: how the unresolved tasks ended and what is wrong with their patches (failure modes); of the tasks whose first
   test run after the first edit failed ("erred"), how many were resolved after all ("recovered"), for tasks with one bug
   and with two apart (there, a failing test after the first edit is no error); and -log p per token of the expert's
-  actions at the states that the student brings about itself and at those of the expert, on toy:dev5:40, after each
+  actions at the states that the student brings about itself and at those of the expert, on toy:dev2:48, after each
   iteration. Their difference is the shift.
-* Expected: dagger ahead, by tasks that are repaired after a failing test; of first edits as many right as with sft or fewer.
+* Expected: dagger ahead, by tasks that are repaired after a failing test, most of them `computed`; of first edits as many
+  right as with sft or fewer. rft too may be ahead of sft: its teacher errs, and then shows how one goes on.
 * No seed, arm or task is left out. A run is repeated only if the machine failed, from where it stopped.
 
-This is the second design. The first one (2026-11-25, study_first.jsonl, at commit 1f15eae) had all families of bugs and all
-kinds of tasks (toy:train, toy:dev:40, toy:study), a failing test that prints the wanted behaviour in words, and at most 9
-turns. It was given up after two runs of dagger, before any of sft had a result, because what it was to measure did not
-happen there: of 125 tasks with one bug whose first edit failed, a dagger student resolved 9.5 after all (8 %). With 1,200
-labels for some 45 choices it had not learnt to read what a failing test says, as little as it had learnt to read the issue;
-and 9 turns leave room for one retry. One run of sft was finished all the same: 44.0 % against dagger's 46.0 % of the same
-seed (+2.0, -4.3 to +8.0), though the shift (below) was 0.10 with dagger and 0.32 with sft. A pilot with five families and
-nothing else changed gave 5 of 24 after dagger's second iteration: the students then go to and fro between two wrong edits.
+This is the second design, and it was made so that the method can work: it says that and how DAgger helps where its premise
+holds, not how often that is so. The premise: the expert does at once what the student cannot do at all, here to reckon
+("17 dozens, in pieces"; half of the tasks, `computed`), so no demonstration shows what to do after a wrong edit; and that is
+easy, for the failing test prints the right code. In the other half (`told`) the issue says which of a few options is right.
 
-So this design asks the question where it can be answered, where the way back is easy and no demonstration shows it: five
-families of bugs instead of twelve; the issue names a function (direct, follow; no demonstration begins with a failing test);
-a failing test prints the right expression; twelve turns. What it says is about such tasks. study5 had been read by nobody.
-The oracle was mended in between: it submits whatever passes all tests, and calls an edited file right only where the screen
-says so. Everything else is as it was. A pilot on 60 tasks of that kind, seed 0: after iteration 1 (sft) 30 resolved, 6 of 35
-repaired after a failing test (19 read the file again and again); after dagger's second 33 and 12 of 34.
+The first one (2026-11-25, study_first.jsonl, at commit 1f15eae) had all families of bugs and all kinds of tasks (toy:train,
+toy:dev:40, toy:study), a failing test that prints the wanted behaviour in words, and at most 9 turns. It was given up after
+two runs of dagger, before any of sft had a result, because what it was to measure did not happen there: of 125 tasks with
+one bug whose first edit failed, a dagger student resolved 9.5 after all (8 %). With 1,200 labels for some 45 choices it had
+not learnt to read what a failing test says, as little as it had learnt to read the issue; and 9 turns leave room for one
+retry. One run of sft was finished all the same: 44.0 % against dagger's 46.0 % of the same seed (+2.0, -4.3 to +8.0), though
+the shift (below) was 0.10 with dagger and 0.32 with sft.
+
+PILOTS
 """
 
 import json
@@ -45,9 +45,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS = Path(__file__).with_name("study.jsonl")
 TASKS = 300
-SPLIT = "study5"
+LABELS = 400  # in each iteration, as in study.sh
+SPLIT = "study2"
 
-from common import grading, jsonl, mixing, table, toy_tasks  # noqa: E402
+from common import grading, jsonl, mixing, table, toy_families, toy_tasks  # noqa: E402
 from common.failures import FAILURE_MODES, failure_mode  # noqa: E402
 from common.intervals import combine_seeds  # noqa: E402
 
@@ -76,7 +77,7 @@ def match_tasks(runs: Path, seed: int) -> str:
         turns = {record["trajectory_id"]: sum(m["role"] == "assistant" for m in record["messages"])
                  for record in jsonl.read(runs / f"sft-{seed}" / home / "trajectories.jsonl")}  # fmt: skip
         order = sorted(turns, key=lambda name: mixing.derive("max-labels", seed, name))
-        numbers.append(min(400, sum(turns[name] for name in order[:wanted])))
+        numbers.append(min(LABELS, sum(turns[name] for name in order[:wanted])))
     return ",".join(map(str, numbers))
 
 
@@ -166,9 +167,15 @@ def groups(split: str) -> dict[str, list[int]]:
     rows = toy_tasks.load(split)
     kinds = [kind for kind in toy_tasks.KINDS if any(row["kind"] == kind for row in rows)]
     found = {kind: [i for i, row in enumerate(rows) if row["kind"] == kind] for kind in kinds}
-    for name, unseen in (("families in train", False), ("families not in train", True)):
-        found[name] = [i for i, row in enumerate(rows) if row["unseen_family"] == unseen]
+    for i, row in enumerate(rows):
+        found.setdefault(family_group(row), []).append(i)
     return found
+
+
+def family_group(row: dict) -> str:
+    if row["unseen_family"]:
+        return "not in train"
+    return "computed" if row["family"] in {family.__name__ for family in toy_families.COMPUTED} else "told"
 
 
 def outcomes(found: dict, tasks: list[int]) -> dict[str, bool]:
@@ -206,24 +213,24 @@ def tables(path: Path) -> None:
     if not lines:
         raise SystemExit(f"{path}: no results yet; tests/bench/study.sh makes them")
     split = next(iter(lines.values())).get("tasks", "study")  # the first design did not say
-    dev_tasks = "toy:dev5:40" if split.endswith("5") else "toy:dev:40"
+    dev_tasks = "toy:dev2:48" if split.endswith("2") else "toy:dev:40"
     by_arm = {arm: [lines[key] for key in sorted(lines) if key[0] == arm] for arm in ARMS}
     by_arm = {arm: found for arm, found in by_arm.items() if found}
     every, apart = list(range(TASKS)), groups(split)
+    family_groups = [name for name in ("told", "computed", "not in train") if name in apart]
     one_bug = set().union(*(apart.get(kind, []) for kind in ONE_BUG))
 
     rows = []
     for arm, found in by_arm.items():
         rates = [one["resolved"].count("1") / TASKS for one in found]
-        seen, unseen = (mean(mean(one["resolved"][i] == "1" for i in apart[f"families {name} train"]) for one in found)
-                        for name in ("in", "not in"))  # fmt: skip
+        by_group = [mean(mean(one["resolved"][i] == "1" for i in apart[name]) for one in found) for name in family_groups]
         total = {name: mean(sum(part[name] for part in one["iterations"]) for one in found)
                  for name in ("labels", "label_tokens", "steps", "tasks")}  # fmt: skip
-        rows.append([arm, str(len(found)), f"{mean(rates):.1%}", " ".join(f"{rate:.0%}" for rate in rates), f"{seen:.1%}",
-                     f"{unseen:.1%}", *(f"{number:,.0f}" for number in total.values()),
+        rows.append([arm, str(len(found)), f"{mean(rates):.1%}", " ".join(f"{rate:.0%}" for rate in rates),
+                     *(f"{rate:.1%}" for rate in by_group), *(f"{number:,.0f}" for number in total.values()),
                      " ".join(str(one["chosen"]) for one in found)])  # fmt: skip
     print_table(f"toy:{split}, {TASKS} tasks, resolved by the checkpoint that was best on {dev_tasks}",
-                ["arm", "seeds", "resolved", "each", "families in train", "not in train", "labels", "label tokens", "steps",
+                ["arm", "seeds", "resolved", "each", *family_groups, "labels", "label tokens", "steps",
                  "tasks", "chosen iteration"], rows)  # fmt: skip
 
     pairs = [("sft", "dagger"), *(("sft", arm) for arm in ("dagger-paper", "aggrevate", "rft")), ("sft-tasks", "dagger")]
@@ -256,7 +263,7 @@ def tables(path: Path) -> None:
             share = mean(one["iterations"][i]["teacher_turns"] for one in found)
             dev = mean(one["iterations"][i]["dev"] for one in found)
             rows.append([arm, str(i + 1), f"{share:.2f}", f"{student:.3f}", f"{teacher:.3f}", f"{student - teacher:.3f}",
-                         f"{dev:.1f}/40"])  # fmt: skip
+                         f"{dev:.1f}/{dev_tasks.rpartition(':')[2]}"])  # fmt: skip
     print_table(f"-log p per token of the expert's actions on {dev_tasks}, at the states of the student's own episodes and of "
                 "the expert's", ["arm", "iteration", "teacher turns", "student's states", "expert's states", "shift",
                                  "resolved"], rows)  # fmt: skip

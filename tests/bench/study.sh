@@ -5,9 +5,9 @@
 #   SEEDS="0 1" ARMS="dagger sft" tests/bench/study.sh
 #   JOBS=2 tests/bench/study.sh           so many seeds at once, with one thread each
 #
-# Every arm: 3 iterations on fresh tasks of toy:train5, exactly 400 teacher labels (but for sft-tasks) and 3 x 44 optimiser
-# steps in each, going on from the last adapter; three checkpoints are scored on toy:dev5:40, the best one (the earliest of
-# equals) on toy:study5, which nothing else reads. Arms differ in who acts while tasks are collected:
+# Every arm: 3 iterations on fresh tasks of toy:train2, exactly 400 teacher labels (but for sft-tasks) and 3 x 44 optimiser
+# steps in each, going on from the last adapter; three checkpoints are scored on toy:dev2:48, the best one (the earliest of
+# equals) on toy:study2, which nothing else reads. Arms differ in who acts while tasks are collected:
 #
 #   sft           the teacher alone, always (beta 1): behaviour cloning on fresh demonstrations
 #   dagger        beta 1, 0.5, 0 (linear:2)
@@ -34,7 +34,7 @@ case $HOME_OF_RUNS in /*) ;; *) HOME_OF_RUNS=$PWD/$HOME_OF_RUNS ;; esac
 
 loop() { # RUN SEED, knobs as NAME=VALUE...
     env RUN="$HOME_OF_RUNS/$1" SEED="$2" ITERATIONS=3 SAMPLE=85 MAX_LABELS=400 AGGREGATE=current WORKERS=40 \
-        TASKS=toy:train5 EVAL_TASKS=toy:dev5:40 TEST_TASKS=toy:study5 STAGES=collect,relabel,train,eval,test \
+        TASKS=toy:train2 EVAL_TASKS=toy:dev2:48 TEST_TASKS=toy:study2 STAGES=collect,relabel,train,eval,test \
         AGENT_FLAGS="--max-turns 12" TRAIN_FLAGS="--epochs 3 --steps-per-epoch 44 --measure 0" "${@:3}" \
         ./run_loop.sh >/dev/null
 }
@@ -69,7 +69,7 @@ one() { # ARM SEED; no && and || here: they would switch off set -e
     "$PYTHON" tests/bench/study.py line "$HOME_OF_RUNS/$run" "$1" "$2"
 }
 
-shift_of() { # RUN ITERATION: -log p of the expert's actions at the states that the student and the expert meet on toy:dev5:40
+shift_of() { # RUN ITERATION: -log p of the expert's actions at the states that the student and the expert meet on toy:dev2:48
     local who from to
     for who in student teacher; do
         to=$1/iter_00$2/at_states_of_$who
@@ -89,7 +89,7 @@ seed() { # SEED ARM...
 }
 export -f loop begin one shift_of seed
 
-"$PYTHON" 04_eval.py --tasks toy:dev5:40 --student oracle --out "$HOME_OF_RUNS/teacher" --workers 4 --max-turns 12 >/dev/null
+"$PYTHON" 04_eval.py --tasks toy:dev2:48 --student oracle --out "$HOME_OF_RUNS/teacher" --workers 4 --max-turns 12 >/dev/null
 
 main=" dagger sft sft-tasks "
 first=() others=()
