@@ -5,8 +5,8 @@
 #   SEEDS="0 1" ARMS="dagger sft" tests/bench/study.sh
 #   JOBS=2 tests/bench/study.sh           so many seeds at once, with one thread each
 #
-# Every arm: 3 iterations on fresh tasks of toy:train2, exactly 400 teacher labels (but for sft-tasks) and 3 x 44 optimiser
-# steps in each, going on from the last adapter; three checkpoints are scored on toy:dev2:48, the best one (the earliest of
+# Every arm: 3 iterations on fresh tasks of toy:train2, exactly 300 teacher labels (but for sft-tasks) and 3 x 30 optimiser
+# steps in each, going on from the last adapter; three checkpoints are scored on toy:dev2:24, the best one (the earliest of
 # equals) on toy:study2, which nothing else reads. Arms differ in who acts while tasks are collected:
 #
 #   sft           the teacher alone, always (beta 1): behaviour cloning on fresh demonstrations
@@ -23,7 +23,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 . common/setup.sh
 
-SEEDS=${SEEDS:-}                          # default: 0 to 4 for the main pair and its match by tasks, 0 to 2 for the others
+SEEDS=${SEEDS:-}                          # default: 0 to 4 for the main pair, 0 to 2 for the others
 ARMS=${ARMS:-dagger sft sft-tasks dagger-paper aggrevate rft}
 JOBS=${JOBS:-1}
 export HOME_OF_RUNS=${HOME_OF_RUNS:-runs/study}
@@ -33,9 +33,9 @@ export PYTHON
 case $HOME_OF_RUNS in /*) ;; *) HOME_OF_RUNS=$PWD/$HOME_OF_RUNS ;; esac
 
 loop() { # RUN SEED, knobs as NAME=VALUE...
-    env RUN="$HOME_OF_RUNS/$1" SEED="$2" ITERATIONS=3 SAMPLE=85 MAX_LABELS=400 AGGREGATE=current WORKERS=40 \
-        TASKS=toy:train2 EVAL_TASKS=toy:dev2:48 TEST_TASKS=toy:study2 STAGES=collect,relabel,train,eval,test \
-        AGENT_FLAGS="--max-turns 12" TRAIN_FLAGS="--epochs 3 --steps-per-epoch 44 --measure 0" "${@:3}" \
+    env RUN="$HOME_OF_RUNS/$1" SEED="$2" ITERATIONS=3 SAMPLE=64 MAX_LABELS=300 AGGREGATE=current WORKERS=50 \
+        TASKS=toy:train2 EVAL_TASKS=toy:dev2:24 TEST_TASKS=toy:study2 STAGES=collect,relabel,train,eval,test \
+        AGENT_FLAGS="--max-turns 10" TRAIN_FLAGS="--epochs 3 --steps-per-epoch 30 --measure 0" "${@:3}" \
         ./run_loop.sh >/dev/null
 }
 
@@ -59,7 +59,7 @@ one() { # ARM SEED; no && and || here: they would switch off set -e
         dagger) knobs=(SCHEDULE=linear:2) ;;
         dagger-paper) knobs=(SCHEDULE=paper) ;;
         aggrevate) knobs=(MIX=prefix PREFIX_TURNS=0:3) ;;
-        rft) knobs=(MIX=teacher TEACHER=oracle,noise=0.3 KEEP=resolved SAMPLE=112) ;;
+        rft) knobs=(MIX=teacher TEACHER=oracle,noise=0.3 KEEP=resolved SAMPLE=90) ;;
         sft-tasks) knobs=(SCHEDULE=constant:1 MAX_LABELS="$("$PYTHON" tests/bench/study.py match-tasks "$HOME_OF_RUNS" "$2")") ;;
         *) echo "no arm $1" >&2; return 2 ;;
     esac
@@ -69,7 +69,7 @@ one() { # ARM SEED; no && and || here: they would switch off set -e
     "$PYTHON" tests/bench/study.py line "$HOME_OF_RUNS/$run" "$1" "$2"
 }
 
-shift_of() { # RUN ITERATION: -log p of the expert's actions at the states that the student and the expert meet on toy:dev2:48
+shift_of() { # RUN ITERATION: -log p of the expert's actions at the states that the student and the expert meet on toy:dev2:24
     local who from to
     for who in student teacher; do
         to=$1/iter_00$2/at_states_of_$who
@@ -89,9 +89,9 @@ seed() { # SEED ARM...
 }
 export -f loop begin one shift_of seed
 
-"$PYTHON" 04_eval.py --tasks toy:dev2:48 --student oracle --out "$HOME_OF_RUNS/teacher" --workers 4 --max-turns 12 >/dev/null
+"$PYTHON" 04_eval.py --tasks toy:dev2:24 --student oracle --out "$HOME_OF_RUNS/teacher" --workers 4 --max-turns 10 >/dev/null
 
-main=" dagger sft sft-tasks "
+main=" dagger sft "
 first=() others=()
 for arm in $ARMS; do if [[ $main == *" $arm "* ]]; then first+=("$arm"); else others+=("$arm"); fi; done
 [ ${#first[@]} = 0 ] || printf '%s\n' ${SEEDS:-0 1 2 3 4} | xargs -P "$JOBS" -I {} bash -euc "seed {} ${first[*]}"
