@@ -18,7 +18,7 @@ Limits (arguments of LocalSandbox), and who enforces them:
   of its own, and as another user it has a user namespace of its own (before Linux 5.14: the watching thread alone).
 * size of a file: RLIMIT_FSIZE, half of `disk`. What is written to /testbed and /tmp in all: the watching
   thread, which adds it up when the disk's free space shrinks (a burst of some 100 ms is seen too late, a longer one
-  is not).
+  is not). Files that were deleted while they are open are not added up: open files times their size bounds them.
 * output: what is kept is bounded; a command that prints more than 64 MB is killed.
 
 Not a virtual machine: an attack on the kernel is out of scope, and CPU time and disk bandwidth are shared.
