@@ -2,15 +2,16 @@
 
 A task is a package of three modules with a pytest suite, one bug (some have two) and an issue that words the wanted
 behaviour in one of many ways. What the issue leaves open, a failing test settles: it prints the call and the answer
-that was expected. See toy_families for the kinds of bug and toy_words for the names, which no two splits share.
+that was expected. See toy_families for the kinds of bug and toy_words for the names, which no two of train, dev, test and study
+share; train2, dev2 and study2 have those of train, dev and study.
 
 Kinds: `direct`, the issue names the function with the bug; `follow`, it names a function that only calls that one in
 another module; `traced`, it names none, and the failing test does; `double`, two functions of one module have a bug.
 
 train2, dev2 and study2 ask whether a student learns the way back that no demonstration shows. The issue names a function
-(direct and follow alone). In half of the tasks it tells which of a few options is right (toy_families.TOLD), in the other
-half what to reckon (COMPUTED), which the expert can and a very small student cannot. A failing test prints the right code,
-so that a second try is a matter of looking.
+(direct and follow alone). It tells which of a few options is right (toy_families.TOLD, half of train2) or what to reckon
+(COMPUTED, the other half), which the expert can and a very small student cannot. A failing test prints the right code, so
+that a second try is a matter of looking. Of dev2 and study2 a sixth is of families that are not in train2.
 
 Everything is derived from (split, index) by hashlib, so a task never depends on how many others were made.
 """
@@ -160,7 +161,7 @@ def _rng(*parts) -> random.Random:
 
 
 def _spread(values, split: str, what: str, index: int):
-    """Each value once in every block of len(values) tasks, in an order of the block's own: any prefix is balanced."""
+    """Each value once in every block of len(values) tasks, in an order of the block's own: whole blocks are balanced."""
     block, place = divmod(index, len(values))
     order = list(range(len(values)))
     _rng(split, what, block).shuffle(order)

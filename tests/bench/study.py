@@ -5,12 +5,13 @@
 What was decided before the first result of study.jsonl was there, and is what `tables` prints:
 
 * The outcome is the share of the 300 tasks of toy:study2 that the chosen checkpoint resolves, greedy, alone.
-* The first question: dagger - sft, at the same number of labels and optimiser steps, over seeds 0 to 4. Its answer is the
+* The first question: dagger - sft, with the same budget of labels and optimiser steps, over seeds 1 to 5 (seed 0 chose the
+  design). The checkpoint is chosen on dev, so an arm may stop before its budget is spent. The answer is the
   mean difference with two 95 % intervals, the hierarchical bootstrap over seeds and tasks and the t-interval over the
   per-seed differences; the wider one counts. (Both are about other seeds on these 300 tasks.) "DAgger is ahead" is said
   only if that one is clear of zero. The aim was 10 points.
 * Second questions, each with the same two intervals and without a claim of their own (they are many): every other arm
-  against sft (seeds 0 to 2), dagger against sft-tasks (the match by tasks, seeds 0 to 2), and dagger - sft by kind of task
+  against sft (seeds 1 to 3), dagger against sft-tasks (the match by tasks, seeds 1 to 3), and dagger - sft by kind of task
   (direct, follow; told, computed, families not in train).
 * Mechanism: how the unresolved tasks ended and what is wrong with their patches (failure modes); of the tasks whose first
   test run after the first edit failed ("erred"), how many were resolved after all ("recovered"), for tasks with one bug
@@ -23,16 +24,17 @@ What was decided before the first result of study.jsonl was there, and is what `
 
 This is the second design, and it was made so that the method can work: it says that and how DAgger helps where its premise
 holds, not how often that is so. The premise: the expert does at once what the student cannot do at all, here to reckon
-("17 dozens, in pieces"; half of the tasks, `computed`), so no demonstration shows what to do after a wrong edit; and that is
-easy, for the failing test prints the right code. In the other half (`told`) the issue says which of a few options is right.
+("17 dozens, in pieces": `computed`, 123 of the 300 tasks), so no demonstration shows what to do after a wrong edit; and that
+is easy, for the failing test prints the right code. In 129 tasks (`told`) the issue says which of a few options is right;
+48 are of families that are not in train.
 
 The first one (2026-11-25, study_first.jsonl, at commit 1f15eae) had all families of bugs and all kinds of tasks (toy:train,
 toy:dev:40, toy:study), a failing test that prints the wanted behaviour in words, and at most 9 turns. It was given up after
 two runs of dagger, before any of sft had a result, because what it was to measure did not happen there: of 125 tasks with
-one bug whose first edit failed, a dagger student resolved 9.5 after all (8 %). With 1,200 labels for some 45 choices it had
-not learnt to read what a failing test says, as little as it had learnt to read the issue; and 9 turns leave room for one
-retry. One run of sft was finished all the same: 44.0 % against dagger's 46.0 % of the same seed (+2.0, -4.3 to +8.0), though
-the shift (below) was 0.10 with dagger and 0.32 with sft.
+one bug whose first edit failed, a dagger student resolved 9.5 after all (8 %). With 800 labels (two iterations) for some 45
+choices it had not learnt to read what a failing test says, as little as it had learnt to read the issue; and 9 turns leave
+room for one retry that is tested. One run of sft was finished all the same: 44.0 % against dagger's 46.0 % of the same seed (+2.0, -4.3 to +8.0), though
+the shift (below) was 0.13 with dagger and 0.32 with sft.
 
 Pilots, on tasks of dev splits and seed 0, after iteration 1 (sft) and after dagger's second (beta 0.5). Five families of
 `told` alone, 400 labels an iteration: of 60 tasks 30 and 33 resolved, of 35 and 34 that erred 6 and 12 repaired. With
@@ -42,14 +44,15 @@ the limit set to 10 turns and dev to 24 tasks. study2 had been read by nobody.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-RESULTS = Path(__file__).with_name("study.jsonl")
+RESULTS = Path(os.environ.get("RESULTS") or Path(__file__).with_name("study.jsonl"))
 TASKS = 300
-LABELS = 300  # in each iteration, as in study.sh
+LABELS, STEPS = 300, 90  # in each iteration, as in study.sh
 SPLIT = "study2"
 
 from common import grading, jsonl, mixing, table, toy_families, toy_tasks  # noqa: E402
@@ -109,6 +112,22 @@ def mean_nll(home: Path) -> dict:
     return {"labels": len(lines), "nll": round(sum(line["before"] * line["tokens"] for line in lines) / tokens, 5)}
 
 
+def answers(found: dict) -> int:
+    """Turns for which the teacher was asked, in the rollout or for a label, used or not."""
+    return found["collect"]["summary"]["teacher_turns"] + found["relabel"]["summary"]["queried"]
+
+
+def check(stages: dict, test: Path, arm: str) -> None:
+    """What was promised of every run. Raises SystemExit where it is not so."""
+    summaries = {f"iteration {i}: {stage}": stages[i][stage]["summary"] for i in (1, 2, 3) for stage in ("collect", "train", "eval")}
+    summaries["test"] = json.loads((test / "summary.json").read_text())
+    for name, summary in summaries.items():
+        if summary.get("infra_errors") or summary.get("exit_time_limit"):
+            raise SystemExit(f"{test.parent.parent}: {name}: failures of the machine or a time limit")
+        if name.endswith("train") and (summary["steps"] != STEPS or arm != "sft-tasks" and summary["labels"] != LABELS):
+            raise SystemExit(f"{test.parent.parent}: {name}: {summary['labels']} labels, {summary['steps']} steps")
+
+
 def line(run: Path, arm: str, seed: int) -> dict:
     """Everything that `tables` needs of one finished run."""
     stages = table.read_run(run, 3)
@@ -118,6 +137,7 @@ def line(run: Path, arm: str, seed: int) -> dict:
     if sorted(results) != list(range(TASKS)):
         raise SystemExit(f"{test}: {len(results)} of {TASKS} tasks have a result")
     rollouts = {place(record["instance_id"]): record for record in jsonl.read(test / "trajectories.jsonl")}
+    check(stages, test, arm)
     failures: dict[str, list[int]] = {}
     patches: dict[str, list[int]] = {}
     for number, row in enumerate(toy_tasks.load(SPLIT)):
@@ -136,6 +156,7 @@ def line(run: Path, arm: str, seed: int) -> dict:
             "steps": found["train"]["summary"]["steps"],
             "tasks": len({label["trajectory_id"] for label in labels}),
             "teacher_turns": round(found["collect"]["summary"]["teacher_turn_share"], 3),
+            "asked": answers(found),
             "agree": round(sum(agrees) / len(agrees), 3) if agrees else None,
             "loss": round(found["train"]["summary"]["loss"], 5),
             "dev": found["eval"]["summary"]["resolved"],
@@ -155,7 +176,7 @@ def line(run: Path, arm: str, seed: int) -> dict:
         "turns": sum(result["turns"] for result in results.values()),
         "iterations": iterations,
         "minutes": round(sum(manifest.get("seconds", 0) for manifest in manifests) / 60),
-        "commit": stages[chosen]["train"]["commit"],
+        "commits": sorted({manifest["commit"] for manifest in manifests if manifest.get("commit")}),
     }
 
 
@@ -212,14 +233,29 @@ def mean(numbers) -> float:
     return sum(numbers) / len(numbers)
 
 
+def arms_of(lines: dict) -> dict[str, list[dict]]:
+    """The lines of each arm by seed, and those of the seeds that all arms have apart where an arm has more."""
+    found = {arm: {seed: lines[arm, seed] for name, seed in sorted(lines) if name == arm} for arm in ARMS}
+    found = {arm: by_seed for arm, by_seed in found.items() if by_seed}
+    shared = set.intersection(*(set(by_seed) for by_seed in found.values()))
+    whole = {}
+    for arm, by_seed in found.items():
+        whole[arm] = list(by_seed.values())
+        if shared and len(shared) < len(by_seed):
+            whole[f"{arm}, seeds {' '.join(map(str, sorted(shared)))}"] = [by_seed[seed] for seed in sorted(shared)]
+    return whole
+
+
 def tables(path: Path) -> None:
     lines = {(found["arm"], found["seed"]): found for found in read(path)}
     if not lines:
         raise SystemExit(f"{path}: no results yet; tests/bench/study.sh makes them")
-    split = next(iter(lines.values())).get("tasks", "study")  # the first design did not say
+    splits = {found.get("tasks", "study") for found in lines.values()}  # the first design did not say
+    if len(splits) > 1:
+        raise SystemExit(f"{path}: lines of several task sets ({', '.join(sorted(splits))}) cannot be compared")
+    (split,) = splits
     dev_tasks = "toy:dev2:24" if split.endswith("2") else "toy:dev:40"
-    by_arm = {arm: [lines[key] for key in sorted(lines) if key[0] == arm] for arm in ARMS}
-    by_arm = {arm: found for arm, found in by_arm.items() if found}
+    by_arm = arms_of(lines)
     every, apart = list(range(TASKS)), groups(split)
     family_groups = [name for name in ("told", "computed", "not in train") if name in apart]
     one_bug = set().union(*(apart.get(kind, []) for kind in ONE_BUG))
@@ -228,14 +264,14 @@ def tables(path: Path) -> None:
     for arm, found in by_arm.items():
         rates = [one["resolved"].count("1") / TASKS for one in found]
         by_group = [mean(mean(one["resolved"][i] == "1" for i in apart[name]) for one in found) for name in family_groups]
-        total = {name: mean(sum(part[name] for part in one["iterations"]) for one in found)
-                 for name in ("labels", "label_tokens", "steps", "tasks")}  # fmt: skip
+        total = {name: mean(sum(part.get(name, 0) for part in one["iterations"][: one["chosen"]]) for one in found)
+                 for name in ("labels", "label_tokens", "steps", "tasks", "asked")}  # fmt: skip
         rows.append([arm, str(len(found)), f"{mean(rates):.1%}", " ".join(f"{rate:.0%}" for rate in rates),
                      *(f"{rate:.1%}" for rate in by_group), *(f"{number:,.0f}" for number in total.values()),
                      " ".join(str(one["chosen"]) for one in found)])  # fmt: skip
-    print_table(f"toy:{split}, {TASKS} tasks, resolved by the checkpoint that was best on {dev_tasks}",
-                ["arm", "seeds", "resolved", "each", *family_groups, "labels", "label tokens", "steps",
-                 "tasks", "chosen iteration"], rows)  # fmt: skip
+    print_table(f"toy:{split}, {TASKS} tasks, resolved by the checkpoint that was best on {dev_tasks}, and what it was trained on",
+                ["arm", "seeds", "resolved", "each", *family_groups, "labels", "label tokens", "steps", "tasks with labels",
+                 "teacher asked", "chosen iteration"], rows)  # fmt: skip
 
     pairs = [("sft", "dagger"), *(("sft", arm) for arm in ("dagger-paper", "aggrevate", "rft")), ("sft-tasks", "dagger")]
     heads = ["seeds", "rate of the first", "of the second", "points", "95 %, bootstrap", "95 %, t", "each seed"]
@@ -276,7 +312,7 @@ def tables(path: Path) -> None:
 def main() -> None:
     command, *rest = sys.argv[1:]
     if command == "has":
-        sys.exit(0 if any((found["arm"], found["seed"]) == (rest[0], int(rest[1])) for found in read()) else 1)
+        print("yes" if any((found["arm"], found["seed"]) == (rest[0], int(rest[1])) for found in read()) else "no")
     elif command == "match-tasks":
         print(match_tasks(Path(rest[0]), int(rest[1])))
     elif command == "line":
