@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does DAgger beat imitation? The study of the README, on the embedded tasks with the embedded student.
 #
-#   tests/bench/study.sh                  runs what study.jsonl has no line for, then prints the tables (a night or two)
+#   tests/bench/study.sh                  runs what study.jsonl has no line for, then prints the tables (15 hours of one core)
 #   SEEDS="1 2" ARMS="dagger sft" tests/bench/study.sh
 #   JOBS=2 tests/bench/study.sh           so many seeds at once, with one thread each
 #
