@@ -2,8 +2,8 @@
 
 A task is a package of three modules with a pytest suite, one bug (some have two) and an issue that words the wanted
 behaviour in one of many ways. What the issue leaves open, a failing test settles: it prints the call and the answer
-that was expected. See toy_families for the kinds of bug and toy_words for the names, which no two of train, dev, test and study
-share; train2, dev2 and study2 have those of train, dev and study.
+that was expected. See toy_families for the kinds of bug and toy_words for the names, which no two of train, dev, test and
+study share; train2, dev2 and study2 have those of train, dev and study.
 
 Kinds: `direct`, the issue names the function with the bug; `follow`, it names a function that only calls that one in
 another module; `traced`, it names none, and the failing test does; `double`, two functions of one module have a bug.
