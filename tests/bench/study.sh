@@ -4,6 +4,7 @@
 #   tests/bench/study.sh                  runs what study.jsonl has no line for, then prints the tables (15 hours of one core)
 #   SEEDS="1 2" ARMS="dagger sft" tests/bench/study.sh
 #   JOBS=2 tests/bench/study.sh           so many seeds at once, with one thread each
+#   RESULTS=try.jsonl HOME_OF_RUNS=runs/try tests/bench/study.sh     a study of your own, beside this one
 #
 # Every arm: 3 iterations on fresh tasks of toy:train2, in each exactly 300 labels to train on (but for sft-tasks; what else
 # the teacher answers is counted, `asked`) and 3 x 30 optimiser steps, going on from the last adapter; three checkpoints are
@@ -27,7 +28,7 @@ cd "$(dirname "$0")/../.."
 SEEDS=${SEEDS:-}                          # default: 1 to 5 for the main pair, 1 to 3 for the others
 ARMS=${ARMS:-dagger sft sft-tasks dagger-paper aggrevate rft}
 JOBS=${JOBS:-1}
-export HOME_OF_RUNS=${HOME_OF_RUNS:-runs/study}
+export RESULTS=${RESULTS:-} HOME_OF_RUNS=${HOME_OF_RUNS:-runs/study}
 export PYTHON
 [ "$JOBS" = 1 ] || export OMP_NUM_THREADS=1
 
