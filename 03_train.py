@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common import chat, jsonl, mixing, models, run, stage_tools
+from common import jsonl, mixing, models, run, stage_tools
 from common.errors import InputError, StageError
 
 
@@ -95,65 +95,6 @@ class Args:
     """with --dry-run: write the loss of every label to this file, and compute no gradient"""
     overwrite: bool = False
     """start again, whatever is there"""
-
-
-# ---------------------------------------------------------------- what is trained on
-
-
-def read_labels(directories: list[str]) -> tuple[list[dict[str, dict[int, str]]], dict]:
-    """(for each directory {trajectory_id: {turn: text of a valid label}}, the chat template arguments).
-
-    The student acted with these arguments, so training renders with them. Raises InputError where a label names a
-    trajectory or a turn that is not there, where no label is valid, and where students acted with different arguments.
-    """
-    found, invalid, kinds = [], 0, set()
-    for directory in directories:
-        turns: dict[str, int] = {}
-        for number, record in enumerate(jsonl.read(Path(directory) / "trajectories.jsonl", "trajectory"), start=1):
-            if record["trajectory_id"] in turns:
-                raise InputError(f"{directory}/trajectories.jsonl:{number}: {record['trajectory_id']} is there twice")
-            turns[record["trajectory_id"]] = sum(m["role"] == "assistant" for m in record["messages"])
-            if record["student"]:
-                kwargs = (record["student"].get("extra") or {}).get("chat_template_kwargs") or {}
-                kinds.add(json.dumps(kwargs, sort_keys=True))
-        labels: dict[str, dict[int, str]] = {name: {} for name in turns}
-        path = Path(directory) / "labels.jsonl"
-        for number, label in enumerate(jsonl.read(path, "label"), start=1):
-            name, turn = label["trajectory_id"], label["turn"]
-            where = f"{path}:{number}: label of {name}, turn {turn}"
-            if name not in turns:
-                raise InputError(f"{where}: {directory}/trajectories.jsonl has no such trajectory; these two files do "
-                                 "not belong together: run 02_relabel.py on this trajectories.jsonl")
-            if turn >= turns[name]:
-                raise InputError(f"{where}: the trajectory has {turns[name]} turns, counted from 0; run 02_relabel.py "
-                                 "on this trajectories.jsonl")
-            if turn in labels[name]:
-                raise InputError(f"{where}: this state is labelled twice; run 02_relabel.py --overwrite")
-            labels[name][turn] = label["label"] if label["valid"] else None
-            invalid += not label["valid"]
-        valid = {name: {t: text for t, text in of.items() if text is not None} for name, of in labels.items()}
-        found.append({name: of for name, of in valid.items() if of})
-    if not any(found):
-        raise InputError(f"no valid label in {' '.join(directories)} ({invalid} invalid ones): nothing to train on")
-    if len(kinds) > 1:
-        raise InputError(f"students acted with different chat template arguments: {' and '.join(sorted(kinds))}; train "
-                         "on data of one kind")
-    return found, json.loads(kinds.pop()) if kinds else {}
-
-
-def tokenise(record: dict, labels: dict[int, str], tokenizer, kwargs: dict, max_context: int) -> tuple:
-    """(the samples of one trajectory, labels left out): each label at its state, the messages before that turn."""
-    from common import prefix_tree
-
-    places = {m["turn"]: i for i, m in enumerate(record["messages"]) if m["role"] == "assistant"}
-    states = [(places[turn], text) for turn, text in sorted(labels.items())]
-    made, too_long = prefix_tree.Trajectory(record["trajectory_id"]), 0
-    for turn, (ids, n_prompt) in zip(sorted(labels), chat.samples(tokenizer, record["messages"], states, kwargs)):
-        if len(ids) > max_context:
-            too_long += 1
-        else:
-            made.add(turn, ids, n_prompt)
-    return made.close(), too_long
 
 
 # ---------------------------------------------------------------- the loss and the steps
@@ -235,7 +176,7 @@ def work(args: Args) -> None:
         for directory in args.data:
             stage_tools.grades_of(Path(directory) / "trajectories.jsonl")
         same["grades"] = [run.hash_file(Path(directory) / "grades/results.jsonl") for directory in args.data]
-    from common import label_loss, prefix_tree, training
+    from common import label_loss, prefix_tree, training, training_data
 
     if args.init_adapter:
         models.check_adapter(args.init_adapter, args.model)
@@ -252,10 +193,12 @@ def work(args: Args) -> None:
         processes.close()
         return
     started = time.time()
-    data, too_long = prepare_data(args, processes)
+    data, too_long = training_data.prepare(args.data, args.keep, args.model, args.max_context, say=processes.first)
     if args.steps_per_epoch and args.steps_per_epoch > len(data):
         raise InputError(f"--steps-per-epoch {args.steps_per_epoch}: there are only {len(data)} trajectories to share out")
-    model, quant = prepare_model(args, longest=max(one.samples.longest for one in data))
+    longest = max((one.samples for one in data), key=lambda of: of.longest)
+    prefix_tree.refuse_long(longest.samples(), args.tokens_per_batch)
+    model, quant = prepare_model(args, longest.longest)
     if processes.first and not args.dry_run:
         if not begun:
             stage = run.Stage(args.out, args, same, directory=True, overwrite=args.overwrite)
@@ -317,46 +260,6 @@ def check(args: Args) -> None:
         raise InputError(f"--label-nll {args.label_nll}: there is no directory {Path(args.label_nll).parent}")
     if not 0 <= args.warmup < 1:
         raise InputError(f"--warmup {args.warmup}: must be at least 0 and less than 1")
-
-
-def prepare_data(args: Args, processes) -> tuple[list, int]:
-    """(label_loss.Labelled trajectories that have samples, labels left out for their length); prints one sample."""
-    from tqdm import tqdm
-
-    from common import label_loss, prefix_tree
-
-    labels, kwargs = read_labels(args.data)
-    if args.keep == "resolved":
-        kept = [stage_tools.resolved(Path(directory) / "trajectories.jsonl", of) if of else set()
-                for directory, of in zip(args.data, labels)]
-        labels = [{name: of[name] for name in of if name in ids} for of, ids in zip(labels, kept)]
-        if not any(labels):
-            raise InputError(f"no trajectory of {' '.join(args.data)} resolved its task: nothing to train on")
-    tokenizer, _ = models.load_tokenizer(args.model)
-    data, n_labels, too_long = [], 0, 0
-    bar = tqdm(total=sum(map(len, labels)), unit="trajectory", desc="tokenise", dynamic_ncols=True, leave=False,
-               disable=not processes.first)
-    for directory, of in zip(args.data, labels):
-        for record in jsonl.read(Path(directory) / "trajectories.jsonl"):
-            if record["trajectory_id"] not in of:
-                continue
-            made, dropped = tokenise(record, of.pop(record["trajectory_id"]), tokenizer, kwargs, args.max_context)
-            too_long += dropped
-            if made:
-                data.append(label_loss.Labelled.of(record, made, directory))
-            n_labels += len(made)
-            bar.update()
-            bar.set_postfix(labels=n_labels, too_long=too_long)
-    bar.close()
-    if not data:
-        raise InputError(f"every label is longer than --max-context {args.max_context}: nothing to train on")
-    if too_long and processes.first:
-        print(f"{too_long} labels are longer than --max-context {args.max_context} and left out", file=sys.stderr)
-    prefix_tree.refuse_long(max((one.samples for one in data), key=lambda of: of.longest).samples(), args.tokens_per_batch)
-    if processes.first:
-        example = data[0].samples.samples()[-1]
-        chat.show(tokenizer, example.ids.tolist(), example.n_prompt)
-    return data, too_long
 
 
 def prepare_model(args: Args, longest: int) -> tuple:

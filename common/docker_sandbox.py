@@ -31,11 +31,12 @@ import time
 from pathlib import Path
 
 from common import checkout, repository
+from common.bubblewrap import home
+from common.bubblewrap import remove as remove_folder
 from common.docker_engine import STARTS, engine, images, labels, live, remove, said
 from common.errors import InfraError
 from common.limits import MEGABYTE, Output
-from common.sandbox import MAX_PRINTED, CommandResult, home, kind_of
-from common.sandbox import remove as remove_folder
+from common.sandbox import MAX_PRINTED, CommandResult, kind_of
 
 _clean: dict[str, bool] = {}  # image id -> whether its repository holds nothing but what HEAD reaches
 DISK_LOOK = 3.0  # seconds between two looks at what a running command has written

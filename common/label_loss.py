@@ -7,8 +7,6 @@ about, and on states with turns of the student in their history. Forward passes 
 import contextlib
 import json
 import sys
-from array import array
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +15,7 @@ import numpy as np
 from common import prefix_tree, training
 from common.errors import InputError
 from common.hf_policy import hash_adapter
-
-
-@dataclass
-class Labelled:
-    """One trajectory that is trained on: its samples, and what is known of it besides."""
-
-    samples: prefix_tree.Trajectory
-    instance_id: str
-    iteration: int
-    student: dict | None  # who collected it, as recorded
-    student_turns: array  # by turn: the turns of the student before it
-    directory: str
-
-    @classmethod
-    def of(cls, record: dict, samples: prefix_tree.Trajectory, directory: str) -> "Labelled":
-        before, student_turns = 0, array("H")
-        for message in record["messages"]:
-            if message["role"] == "assistant":
-                student_turns.append(before)
-                before += message["actor"] == "student"
-        return cls(samples, record["instance_id"], record["iteration"], record["student"], student_turns, directory)
+from common.training_data import Labelled
 
 
 def token_losses(base: Any, batch: prefix_tree.Batch, head_rows: int) -> np.ndarray:

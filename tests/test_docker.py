@@ -12,9 +12,10 @@ import docker_images
 import pytest
 
 from common import docker_engine as module
+from common.bubblewrap import home
 from common.docker_sandbox import DockerSandbox, Frames
 from common.errors import InfraError, InputError, StageError
-from common.sandbox import MEGABYTE, LocalSandbox, home, kind_of
+from common.sandbox import MEGABYTE, LocalSandbox, kind_of
 
 ROOT = Path(__file__).parent.parent
 engine = [pytest.mark.docker, pytest.mark.slow]

@@ -5,7 +5,6 @@ run with the scripts themselves.
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +14,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import chat, embedded, export, hf_policy, jsonl, models, run, training
+from common import chat, export, hf_policy, models, run, training
 from common.errors import InputError
-from tests import test_train, tiny
+from tests import records as by_hand, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"max_turns": 9, "max_context": 2048, "max_tokens": 8192, "max_new_tokens": 64, "time_limit": 600.0,
@@ -46,12 +45,12 @@ def make_run(home: Path, base: str, rates=(0.25, 0.5), aggregate="current", kwar
     """Iterations of two trajectories with three labels each, evaluated at these rates; the last label is invalid."""
     for number, rate in enumerate(rates, start=1):
         here = home / f"iter_{number:03d}"
-        records = [test_train.trajectory(f"toy-{n}", turns=3, seed=10 * number + n, kwargs=kwargs) for n in range(2)]
+        records = [by_hand.trajectory(f"toy-{n}", turns=3, seed=10 * number + n, kwargs=kwargs) for n in range(2)]
         for record in records:
             record |= {"iteration": number, "trajectory_id": f"{record['instance_id']}.i{number}.a0"}
-        labels = [test_train.label(of, turn) | {"iteration": number} for of in records for turn in range(3)]
+        labels = [by_hand.label(of, turn) | {"iteration": number} for of in records for turn in range(3)]
         labels[-1]["valid"] = False
-        test_train.write(here, records, labels)
+        by_hand.write(here, records, labels)
         policy = {"model": f"hf:{base}", "extra": {"chat_template_kwargs": kwargs} if kwargs else {}}
         manifest(here / "trajectories.jsonl.manifest.json",
                  {"tasks": "toy:train", "sample": 2, "mix": "turn", "schedule": "linear:2", "beta": None},
@@ -184,7 +183,7 @@ def read_lines(out: Path) -> list[dict]:
 
 def ours(home: Path, tokenizer, number: int) -> list[tuple[list[int], int]]:
     """(ids, n_prompt) of every sample of an iteration, as 03_train.py makes them."""
-    trajectories, _ = test_train.tokenised([str(home / f"iter_{number:03d}")], tokenizer)
+    trajectories, _ = by_hand.tokenised([str(home / f"iter_{number:03d}")], tokenizer)
     return [(sample.ids.tolist(), sample.n_prompt) for samples in trajectories for sample in samples]
 
 
@@ -386,142 +385,3 @@ def test_the_command(tmp_path):
     for words in ((home, "--format", "gguf"), ("--format", "peft"), (home / "iter_001", "--format", "peft")):
         done = command(*words)
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-
-
-# ---------------------------------------------------------------- slow: the real student, TRL, vLLM, the scripts
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory):
-    """The embedded student with a random adapter that changes what it says, as a run, merged."""
-    home = make_run(tmp_path_factory.mktemp("real") / "run", embedded.NAME, rates=(0.5,))
-    return home, give(home, "merged", home.parent / "merged")
-
-
-def said(spec: str, tokens: int = 16) -> str:
-    from tests import test_vllm
-
-    policy = test_vllm.open_policy(spec, tokens)
-    try:
-        return test_vllm.ask(policy).text
-    finally:
-        policy.close()
-
-
-@pytest.mark.slow
-def test_the_real_student_merged(real):
-    home, merged = real
-    two = said(f"hf:{embedded.NAME},adapter={home}/iter_001/adapter")
-    assert said(f"hf:{merged}") == two != said(f"hf:{embedded.NAME}")
-
-
-@pytest.mark.slow
-def test_the_real_template(real):
-    """SmolLM2's, as TRL renders it: our token ids and a newline."""
-    home, merged = real
-    tokenizer = AutoTokenizer.from_pretrained(merged)
-    lines = read_lines(give(home, "trl", home.parent / "trl"))
-    for line, (ids, n_prompt) in zip(lines, ours(home, tokenizer, 1), strict=True):
-        whole = tokenizer.apply_chat_template(line["prompt"] + line["completion"], tokenize=True, return_dict=False)
-        assert whole == ids + chat.encode(tokenizer, "\n")
-
-
-@pytest.mark.slow
-@pytest.mark.vllm
-def test_vllm_serves_the_merged_directory(real, tmp_path, monkeypatch):
-    """Greedy, in fp32, the text of transformers."""
-    from common import serve
-    from tests import test_vllm
-
-    if not (test_vllm.RIG / "installed").exists():
-        pytest.skip("no vLLM for CPU: tests/vllm_rig.sh builds it")
-    monkeypatch.setenv("SWE_DAGGER_VLLM", str(test_vllm.RIG / "bin/vllm"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    expected = said(f"hf:{real[1]}")
-    try:
-        assert said(f"vllm:{real[1]}{test_vllm.ARGS}") == expected
-    finally:
-        serve.leave()
-
-
-@pytest.fixture(scope="module")
-def with_trl(tmp_path_factory):
-    """The environment of a process that can import trl: its own package on top of ours, which ours never sees."""
-    target = tmp_path_factory.mktemp("trl")
-    done = subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), TRL],
-                          capture_output=True, text=True)  # fmt: skip
-    if done.returncode:
-        pytest.skip(f"{TRL} cannot be installed here: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
-    return os.environ | {"PYTHONPATH": str(target), "HF_HUB_OFFLINE": "1"}
-
-
-STEP = """
-import json, sys
-from datasets import load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import SFTConfig, SFTTrainer
-
-for file, model, home in json.loads(sys.argv[1]):
-    settings = SFTConfig(output_dir=home, max_steps=1, per_device_train_batch_size=5, max_length=2048, use_cpu=True,
-                         bf16=False, report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=1,
-                         train_sampling_strategy="sequential")
-    trainer = SFTTrainer(model=AutoModelForCausalLM.from_pretrained(model), args=settings,
-                         train_dataset=load_dataset("json", data_files=file, split="train", cache_dir=home),
-                         processing_class=AutoTokenizer.from_pretrained(model))
-    batch = next(iter(trainer.get_train_dataloader()))
-    trained = [[token for token in line if token != -100] for line in batch["labels"].tolist()]
-    trainer.train()
-    loss = next(line["loss"] for line in trainer.state.log_history if "loss" in line)
-    print("found", json.dumps([trained, trainer.state.global_step, loss]))
-"""
-
-
-@pytest.mark.slow
-def test_a_step_of_trl(tmp_path, with_trl):
-    """SFTTrainer masks the prompt and trains on the tokens that we train on, and on what the template puts behind."""
-    jobs, homes = [], []
-    for template, kwargs, _, _ in CASES:
-        here = tmp_path / template
-        base = tiny.model_dir(here, "qwen3" if template == "qwen3" else "llama", template)
-        homes.append(make_run(here / "run", base, rates=(0.5,), kwargs=kwargs))
-        jobs.append([str(give(homes[-1], "trl", here / "out") / "train.jsonl"), base, str(here / "trl")])
-    done = subprocess.run([sys.executable, "-c", STEP, json.dumps(jobs)], env=with_trl, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [line.removeprefix("found ") for line in done.stdout.splitlines() if line.startswith("found ")]
-    for line, home, (template, _, behind, joins) in zip(lines, homes, CASES, strict=True):
-        trained, steps, loss = json.loads(line)
-        tokenizer = tiny.tokenizer(template)
-        expected = [(ids[n_prompt:], chat.encode(tokenizer, behind)) for ids, n_prompt in ours(home, tokenizer, 1)]
-        if joins:  # the "\n\n" in two tokens is no longer the prompt's one, and so counts as completion
-            texts = ["\n\n" + tokenizer.decode(label) + behind for label, _ in expected]
-            assert [tokenizer.decode(found) for found in trained] == texts
-        else:
-            assert trained == [label + tail for label, tail in expected]
-        assert steps == 1 and 0 < loss < 20
-
-
-@pytest.mark.slow
-def test_a_run_of_the_scripts(tmp_path):
-    """What the scripts write today is what an export reads."""
-
-    def script(name, *words):
-        done = subprocess.run([sys.executable, ROOT / name, *map(str, words)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-
-    base = tiny.model_dir(tmp_path)
-    for number in (1, 2):
-        here, before = tmp_path / f"run/iter_{number:03d}", tmp_path / f"run/iter_{number - 1:03d}"
-        script("01_collect.py", "--tasks", "toy:train", "--sample", 2, "--iteration", number, "--teacher", "oracle",
-               "--mix", "teacher", "--out", here / "trajectories.jsonl")  # fmt: skip
-        script("02_relabel.py", "--trajectories", here / "trajectories.jsonl", "--teacher", "oracle", "--out",
-               here / "labels.jsonl")  # fmt: skip
-        script("03_train.py", "--data", here, "--model", base, "--max-context", 4096, "--epochs", 1, "--out",
-               here / "adapter", *(["--init-adapter", before / "adapter"] if number == 2 else []))  # fmt: skip
-        script("04_eval.py", "--tasks", "toy:dev:2", "--student", f"hf:{base},adapter={here}/adapter", "--max-turns", 1,
-               "--iteration", number, "--out", here / "eval")  # fmt: skip
-    lines = read_lines(give(tmp_path / "run", "trl", tmp_path / "trl", iteration=2))
-    labels = [label for n in (1, 2) for label in jsonl.read(tmp_path / f"run/iter_{n:03d}/labels.jsonl", "label")]
-    assert [line["completion"][0]["content"] for line in lines] == [label["label"] for label in labels]
-    text = (give(tmp_path / "run", "peft", tmp_path / "peft") / "README.md").read_text()
-    assert "0/2 = 0%" in text and "supervised fine-tuning" in text and "grader `local`" in text

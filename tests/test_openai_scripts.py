@@ -1,6 +1,5 @@
 """The scripts against a server that fails while they run: what becomes of trajectories, labels and the run itself."""
 
-import importlib
 import json
 import os
 import signal
@@ -10,7 +9,7 @@ import time
 
 import pytest
 
-from common import actions, jsonl, tasks
+from common import actions, jsonl, tasks, training_data
 from tests import tiny
 from tests.servers import Server, good, refuse
 from tests.test_policies import act, open_policy
@@ -167,15 +166,14 @@ def test_training_renders_with_the_students_template_arguments(serve, tmp_path):
                   body["messages"], add_generation_prompt=True, return_dict=False, **body["chat_template_kwargs"])
               for body in server.requests}  # fmt: skip
 
-    train = importlib.import_module("03_train")
-    (labels,), kwargs = train.read_labels([str(home)])
+    (labels,), kwargs = training_data.read_labels([str(home)])
     assert kwargs == extra["chat_template_kwargs"]
     policy, acted = open_policy(f"hf:{path}", extra=extra, max_new_tokens=1), []
     act(policy)
     generate = policy.engine.generate
     policy.engine.generate = lambda ids, **how: acted.append(ids) or generate(ids, **how)
     for record in jsonl.read(home / "trajectories.jsonl", "trajectory"):
-        made, _ = train.tokenise(record, labels[record["trajectory_id"]], tokenizer, kwargs, 4096)
+        made, _ = training_data.tokenise(record, labels[record["trajectory_id"]], tokenizer, kwargs, 4096)
         states = [record["messages"][: 2 + 2 * turn] for turn in range(len(TURNS))]
         for state, sample in zip(states, made.samples(), strict=True):
             sent = [{"role": m["role"], "content": m["content"]} for m in state]

@@ -27,7 +27,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from simulated import ROOT, Plan
+from simulated import Plan
 
 HERE = Path(__file__).resolve().parent
 PEER = "mini-swe-agent==2.4.6"

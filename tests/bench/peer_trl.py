@@ -90,11 +90,10 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=8, help="samples in one padded forward pass of TRL")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    from common import embedded, training
+    from common import embedded, training_data
 
-    train = importlib.import_module("03_train")
-    data, _ = train.prepare_data(train.Args(data=[args.data], out="", model=args.model), training.Processes())
-    samples = [sample for trajectory in data for sample in trajectory.samples()][: args.labels]
+    data, _ = training_data.prepare([args.data], "all", args.model, 2048, say=True)
+    samples = [sample for one in data for sample in one.samples.samples()][: args.labels]
     tokens = sum(sample.n_label for sample in samples)
     job = {"samples": [(sample.ids.tolist(), sample.n_prompt) for sample in samples], "step": args.step,
            "at_once": args.at_once, "model": embedded.model_path(args.model)}

@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common import models, prefix_tree, training  # noqa: E402
+from common import models, prefix_tree, training_data  # noqa: E402
 
 train = importlib.import_module("03_train")
 WORDS = "def return self value index error test module import path name result list assert None True for in if not".split()
@@ -95,15 +95,15 @@ def main() -> None:
                 other.writelines(json.dumps(label) + "\n" for label in labels)
         settings = train.Args(data=[home], out="", model=args.model, max_context=1 << 20, tokens_per_batch=1 << 20)
         began = time.perf_counter()
-        data, _ = train.prepare_data(settings, training.Processes())
+        data, _ = training_data.prepare([home], "all", args.model, 1 << 20, say=True)
         tokenised = time.perf_counter()
         rows = distinct = 0
         for _, chosen in train.plan(len(data), settings.batch_size, 1, None, 0):
-            samples = [sample for i in chosen for sample in data[i].samples()]
+            samples = [sample for i in chosen for sample in data[i].samples.samples()]
             rows += sum(batch.n_rows for batch in train.pack(settings, samples, 0.0, 1))
-            distinct += sum(prefix_tree.distinct_tokens(data[i].samples()) for i in chosen)
+            distinct += sum(prefix_tree.distinct_tokens(data[i].samples.samples()) for i in chosen)
         packed = time.perf_counter()
-    each = sum(sum(trajectory.length) for trajectory in data)
+    each = sum(sum(one.samples.length) for one in data)
     print("| trajectories | turns | tokens each | tokenise s | pack s | peak MB (start) | per-turn : distinct | computed : distinct |")
     print("|---|---|---|---|---|---|---|---|")
     print(f"| {len(data)} | {args.turns} | {distinct // len(data)} | {tokenised - began:.0f} | {packed - tokenised:.0f} "
