@@ -124,6 +124,21 @@ def test_a_step_of_trl(tmp_path, with_trl):
 
 
 @pytest.mark.slow
+def test_the_measurement_beside_trl_runs(tmp_path, with_trl):
+    """tests/bench/peer_trl.py: the first step has the same loss in all trainers that take the same labels for it."""
+    base = tiny.model_dir(tmp_path, "llama", "chatml")
+    home = make_run(tmp_path / "run", base, rates=(0.5,))
+    done = subprocess.run([sys.executable, ROOT / "tests/bench/peer_trl.py", "--peer", sys.executable, "--data",
+                           home / "iter_001", "--model", base, "--labels", "4", "--step", "2", "--at-once", "2"],
+                          env=with_trl, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if line.startswith("|")]
+    assert [row[:2] for row in rows[2:]] == [["ours", "tree"], ["ours", "per-turn"], ["TRL", "padded"], ["TRL", "packed"]]
+    losses = [float(row[4]) for row in rows[2:5]]
+    assert losses == pytest.approx([losses[0]] * 3, abs=2e-4)
+
+
+@pytest.mark.slow
 def test_a_run_of_the_scripts(tmp_path):
     """What the scripts write today is what an export reads."""
 
