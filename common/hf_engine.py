@@ -3,7 +3,8 @@
 Every episode owns a row of a store of keys and values and keeps it between its turns. A step of the model thread takes
 the next tokens of all the rows that want some, whether one (decoding) or many (a prompt, or what a turn added to it),
 and runs them as ONE packed sequence: the linear layers see no padding, and an attention function of our own lets every
-token see its own row alone (common/hf_attention.py). So requests join and leave between any two steps, and nothing is copied back and forth.
+token see its own row alone (common/hf_attention.py). So requests join and leave between any two steps, and nothing is
+copied back and forth.
 
 What is reused is the longest common prefix of the tokens, so templates that rewrite old turns and text that
 tokenises differently the second time cost speed, never correctness.
