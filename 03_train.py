@@ -24,7 +24,6 @@ loss is measured under both, on the same labels (loss_nf4, loss_plain in the sum
 for one GPU.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -406,8 +405,10 @@ def plain_loss(args: Args, data: list, parameters: int, processes) -> float | No
     longest, model = max(one.samples.longest for one in data), None
     plain = dataclasses.replace(args, quant="none", init_adapter=args.out, checkpointing="none")
     if training.room_for_plain(parameters):
-        with contextlib.suppress(RuntimeError):
+        try:
             model, _ = prepare_model(plain, longest)
+        except RuntimeError as error:  # the adapter is saved: no reason to fail
+            print(f"warning: the plain base could not be loaded: {error}", file=sys.stderr)
     missing = processes.total([float(model is None)])[0]
     found = None if missing else measure(args, data, model, processes)
     return found and label_loss.mean_loss(data, found[0])

@@ -53,8 +53,8 @@ def label_nll(model: Any, data: list[Labelled], tree: bool, max_rows: int, head_
             for batch in [] if full else processes.share(batches, attention, loads):
                 np.add.at(sums[-1], batch.weights.astype(int), token_losses(base, batch, head_rows))
                 rows += training.rows_computed(base, batch)
-        except RuntimeError as error:  # out of memory, however CUDA says it
-            if not any(word in str(error).lower() for word in ("memory", "alloc")):
+        except RuntimeError as error:
+            if not training.out_of_memory(error):
                 raise
             print("warning: out of memory: the loss of single labels is not measured (a smaller --tokens-per-batch may do)",
                   file=sys.stderr)

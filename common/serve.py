@@ -6,7 +6,8 @@
 
 A SPEC is what the scripts take: vllm:MODEL[,adapter=DIR][,gpus=0+1][,util=0.4][,args=...]; others are passed over.
 
-    gpus=0+1    these GPUs, tensor parallel; data parallel with args=--data-parallel-size 2
+    gpus=0+1    these GPUs, tensor parallel; data parallel with args=--data-parallel-size 2. Numbers count the GPUs that
+                CUDA_VISIBLE_DEVICES names, where it does
     util=0.4    share of a GPU's memory (two servers on one GPU: util=0.3 and util=0.6); vLLM's default takes nearly all
     args=...    comes last and takes the rest: more arguments for `vllm serve`, as args=--max-model-len 32768
 
@@ -68,8 +69,19 @@ class Spec:
     @property
     def folder(self) -> Path:
         """Where its server lives. One for all adapters; each machine has its own, for homes are shared."""
-        same = dataclasses.asdict(self) | {"adapter": None, "model": _absolute(self.model)}
+        same = dataclasses.asdict(self) | {"adapter": None, "model": _absolute(self.model), "gpus": self.devices()}
         return _servers() / f"{Path(self.model).name[:60]}-{hash_json(same)}"
+
+    def devices(self) -> str | None:
+        """What its server gets as CUDA_VISIBLE_DEVICES; raises InputError for a GPU that this process must not see."""
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        numbers = self.gpus and [int(number) for number in self.gpus.split("+")]
+        if not (numbers and visible):
+            return self.gpus and self.gpus.replace("+", ",")
+        if max(numbers) >= len(visible):
+            raise InputError(f"vllm:{self.model}: gpus={self.gpus}: CUDA_VISIBLE_DEVICES={','.join(visible)} names only "
+                             f"{len(visible)} of them, numbers 0 to {len(visible) - 1}")  # fmt: skip
+        return ",".join(visible[number] for number in numbers)
 
     def option(self, *names: str) -> str | None:
         """The value of an option in args."""
@@ -89,6 +101,7 @@ def parse(rest: str) -> Spec:
     spec = Spec(model, args=args, **given)
     if spec.gpus and not re.fullmatch(r"\d+(\+\d+)*", spec.gpus):
         raise InputError(f"vllm:{rest}: gpus={spec.gpus}: numbers of GPUs, as gpus=0+1")
+    spec.devices()
     if spec.util and not (re.fullmatch(r"\d*\.?\d+", spec.util) and 0 < float(spec.util) <= 1):
         raise InputError(f"vllm:{rest}: util={spec.util}: a share of the GPU's memory, as util=0.4")
     try:
@@ -164,8 +177,15 @@ class Server:
         except (OSError, http.client.HTTPException, ValueError, KeyError):
             return False
 
+    def context(self) -> int | None:
+        """Tokens of the longest conversation that it has room for; None where it does not say."""
+        return next((card.get("max_model_len") for card in self._cards() if card["id"] == self.model), None)
+
     def _names(self) -> set[str]:
-        return {card["id"] for card in json.loads(self._call("/v1/models"))["data"]}
+        return {card["id"] for card in self._cards()}
+
+    def _cards(self) -> list[dict]:
+        return json.loads(self._call("/v1/models"))["data"]
 
     def _call(self, path: str, body: dict | None = None, timeout: float = 30.0) -> bytes:
         request = urllib.request.Request(
@@ -307,8 +327,10 @@ def _command(spec: Spec, port: int) -> list[str]:
     ]  # fmt: skip
     if spec.util:
         command += ["--gpu-memory-utilization", spec.util]
+    copies = int(spec.option("--data-parallel-size", "-dp") or 1)
+    if copies > 1:  # with a front end for each, which is its default, vLLM refuses to load adapters
+        command += ["--api-server-count", "1"]
     if len(gpus) > 1:
-        copies = int(spec.option("--data-parallel-size", "-dp") or 1)
         command += ["--tensor-parallel-size", str(max(1, len(gpus) // copies))]
     if rank:
         command += ["--enable-lora", "--max-lora-rank", str(next(enough for enough in RANKS if enough >= rank))]
@@ -325,7 +347,7 @@ def _launch(spec: Spec, keeper: str | None) -> subprocess.Popen:
     key = secrets.token_urlsafe(32)
     environment = os.environ | {"VLLM_API_KEY": key, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "DO_NOT_TRACK": "1"}
     if spec.gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = spec.gpus.replace("+", ",")
+        environment["CUDA_VISIBLE_DEVICES"] = spec.devices()
     if keeper is None and (pid := os.environ.get("SWE_DAGGER_KEEPER")):
         keeper = guard.name(int(pid))
     (folder / "keeper").unlink(missing_ok=True)  # of one that never came up

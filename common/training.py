@@ -95,6 +95,9 @@ def load_base(model: str, quant: str, tree: bool) -> Any:
     import torch
 
     attention = "flex_attention" if tree and models.device_name() == "cuda" else "sdpa"
+    if attention == "flex_attention":  # beyond its limit of compilations it would fall back, unsaid, to all scores at once
+        torch._dynamo.config.recompile_limit = 32
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
     base = models.load_base(model, quant, attn_implementation=attention)
     base.config.use_cache = False
     if tree and attention == "sdpa" and base._supports_attention_backend:
@@ -391,6 +394,14 @@ def open_log(out: Path, steps: int) -> TextIO:
     log = open(path, "w", encoding="utf-8")
     log.writelines(lines)
     return log
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory ran out. An "illegal memory access" is something else, and so is a kernel without a configuration."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        name in str(error) for name in ("CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator"))  # fmt: skip
 
 
 def room_for_plain(parameters: int) -> bool:

@@ -74,9 +74,10 @@ class VllmPolicy(Plain):
             if self.server is None or not self.server.alive():
                 server = self._again() if self.server else serve.start(self.spec)
                 try:
+                    self._refuse_short(server)
                     model = server.adapter(self.spec.adapter) if self.spec.adapter else self.spec.model
                 except (OSError, http.client.HTTPException) as error:
-                    raise InfraError(f"{self.name}: no adapter could be loaded: {error}") from None
+                    raise InfraError(f"{self.name}: its server does not answer as it should: {error}") from None
                 client = OpenAIPolicy(f"{model}@{server.url}", self.role, self.sampling, self.max_context, key_env=None,
                                       extra=self.extra, inflight=self.inflight,
                                       keep_reasoning=self.keep_reasoning)  # fmt: skip
@@ -84,6 +85,14 @@ class VllmPolicy(Plain):
                 self.server = server
                 self.clients.append(client)
             return self.server, self.clients[-1]
+
+    def _refuse_short(self, server: serve.Server) -> None:
+        """vLLM makes the context as long as memory allows and cuts off what does not fit: that would look like the model."""
+        longest = server.context()
+        if self.max_context and longest and longest < self.max_context:
+            raise InputError(f"{self.name}: its server has room for conversations of {longest} tokens, and --max-context is "
+                             f"{self.max_context}: give it more memory (util=, more gpus=), or lower --max-context here and "
+                             "in 03_train.py")  # fmt: skip
 
     def _again(self) -> serve.Server:
         """Another server after one that died; who started that one by hand has to start the other one too."""

@@ -17,7 +17,7 @@ parser = argparse.ArgumentParser("vllm serve", allow_abbrev=False)
 parser.add_argument("serve")
 parser.add_argument("model")
 for flag in ("--host", "--served-model-name", "--max-model-len", "--gpu-memory-utilization", "--fail",
-             "--data-parallel-size", "--quantization"):  # fmt: skip
+             "--data-parallel-size", "--quantization", "--api-server-count"):  # fmt: skip
     parser.add_argument(flag)
 for flag in ("--port", "--max-lora-rank", "--tensor-parallel-size"):
     parser.add_argument(flag, type=int)
@@ -45,7 +45,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer({})
         if self.headers["Authorization"] != f"Bearer {os.environ['VLLM_API_KEY']}":
             return self.refuse("Unauthorized", 401)
-        self.answer({"data": [{"id": name} for name in names]})
+        longest = 4096 if args.max_model_len == "auto" else int(args.max_model_len)
+        self.answer({"data": [{"id": name, "max_model_len": longest} for name in names]})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -79,5 +80,7 @@ if args.fail:
     print(f"(EngineCore pid=7) ERROR 11-24 00:05:08 [core.py:317] ValueError: {args.fail}")
     print("(APIServer pid=6) RuntimeError: Engine core initialization failed. See root cause above.", flush=True)
     sys.exit(1)
+if int(args.data_parallel_size or 1) > 1 and args.api_server_count != "1":  # as the real one
+    sys.exit("ValueError: VLLM_ALLOW_RUNTIME_LORA_UPDATING cannot be used with api_server_count > 1")
 time.sleep(args.slow)
 ThreadingHTTPServer((args.host, args.port), Handler).serve_forever()

@@ -126,7 +126,8 @@ def test_the_command_line_of_a_server(tmp_path):
 
     assert "--gpu-memory-utilization 0.4 --tensor-parallel-size 2 --max-model-len 99" in started(
         "m,gpus=0+1,util=0.4,args=--max-model-len 99")
-    assert "--tensor-parallel-size 1 --data-parallel-size=2" in started("m,gpus=2+3,args=--data-parallel-size=2")
+    assert "--api-server-count 1 --tensor-parallel-size 1 --data-parallel-size=2" in started(
+        "m,gpus=2+3,args=--data-parallel-size=2")
     assert "lora" not in started("m")
     assert "--enable-lora --max-lora-rank 128" in started(f"m,adapter={adapter(tmp_path / 'a', rank=65)}")
 
@@ -144,6 +145,36 @@ def test_what_is_special_for_the_model_is_text_for_its_server(program, tmp_path,
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert "<s>" in chat.special_tokens(tiny.tokenizer("tools"))
     assert ask(open_policy(f"vllm:{model}"), "x <s> y").endswith(": x < s> y")
+
+
+def test_two_copies_of_a_model_take_adapters(tmp_path):
+    """vLLM has a front end for each copy, and then refuses to start where adapters may be loaded."""
+    path = adapter(tmp_path / "a")
+    assert ask(open_policy(f"vllm:m,adapter={path},args=--data-parallel-size 2")).startswith("adapter-")
+
+
+def test_gpus_are_counted_among_those_that_are_visible(program, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-7f,6")
+    one, other = serve.parse("m,gpus=1+2"), serve.parse("m,gpus=0")
+    assert (one.devices(), other.devices(), serve.parse("m").devices()) == ("GPU-7f,6", "4", None)
+    here = other.folder
+    with pytest.raises(InputError, match=r"gpus=0\+3: CUDA_VISIBLE_DEVICES=4,GPU-7f,6 names only 3 of them, numbers 0 to 2"):
+        ask(open_policy("vllm:m,gpus=0+3"))
+    assert ask(open_policy("vllm:m,gpus=0")) == "m: hello"
+    (pid,) = groups(program)
+    assert b"CUDA_VISIBLE_DEVICES=4\0" in Path(f"/proc/{pid}/environ").read_bytes()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    assert serve.parse("m,gpus=0").folder != here
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert serve.parse("m,gpus=1+2").devices() == "1,2"
+
+
+def test_a_server_with_less_room_than_max_context_is_refused(program):
+    """vLLM shortens what does not fit into its memory without an error; the record would say that the model did it."""
+    kwargs = dict(role="student", temperature=0.0, top_p=1.0, max_new_tokens=4)
+    with pytest.raises(InputError, match="room for conversations of 4096 tokens, and --max-context is 4097"):
+        ask(policies.open_policy("vllm:m", max_context=4097, **kwargs))
+    assert ask(policies.open_policy("vllm:m", max_context=4096, **kwargs)) == "m: hello"
 
 
 def test_a_policy_starts_asks_and_leaves(program, tmp_path, capfd):

@@ -332,3 +332,11 @@ def test_nf4_gradients_are_those_of_the_rounded_weights(tmp_path):
     (nll, gradient), (nll_rounded, gradient_rounded) = found
     assert nll == pytest.approx(nll_rounded, rel=1e-5)
     assert (gradient - gradient_rounded).norm() <= 1e-4 * gradient_rounded.norm()
+
+
+def test_what_is_out_of_memory():
+    """A fault of the GPU was once taken for it, since its message has the word memory."""
+    with pytest.raises(RuntimeError) as full:
+        torch.empty(1 << 50, dtype=torch.float64)
+    assert training.out_of_memory(full.value) and training.out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert not training.out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
