@@ -399,23 +399,26 @@ def measure_before(args: Args, data: list, model, processes) -> list | None:
 
 
 def plain_loss(args: Args, data: list, parameters: int, processes) -> float | None:
-    """Mean label loss of the adapter in --out on the plain base; None where that does not fit into memory."""
+    """Mean label loss of the adapter in --out on the plain base; None where that could not be loaded, and says why."""
     from common import label_loss, training
 
     longest, model = max(one.samples.longest for one in data), None
     plain = dataclasses.replace(args, quant="none", init_adapter=args.out, checkpointing="none")
+    why = "it does not fit into memory"
     if training.room_for_plain(parameters):
         try:
             model, _ = prepare_model(plain, longest)
         except RuntimeError as error:  # the adapter is saved: no reason to fail
-            print(f"warning: the plain base could not be loaded: {error}", file=sys.stderr)
+            why = str(error)
+    if model is None:
+        print(f"warning: the plain base could not be loaded: {why}", file=sys.stderr)
     missing = processes.total([float(model is None)])[0]
     found = None if missing else measure(args, data, model, processes)
     return found and label_loss.mean_loss(data, found[0])
 
 
 def say_gap(found: dict) -> None:
-    nf4, plain = ("not measured (it does not fit into memory)" if found[name] is None else f"{found[name]:.4f}"
+    nf4, plain = ("not measured" if found[name] is None else f"{found[name]:.4f}"
                   for name in ("loss_nf4", "loss_plain"))  # fmt: skip
     print(f"label loss of the adapter on its NF4 base: {nf4}; on the plain base, as vLLM serves it: {plain} "
           f"({found['gap_label_tokens']} label tokens)", file=sys.stderr)

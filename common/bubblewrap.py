@@ -1,5 +1,4 @@
-"""What common/sandbox.py finds out once: bubblewrap, an interpreter's directories, and this process's place for sandboxes.
-"""
+"""What common/sandbox.py finds out once: bubblewrap, an interpreter's directories, and this process's place for sandboxes."""
 
 import atexit
 import contextlib

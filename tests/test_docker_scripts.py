@@ -54,7 +54,7 @@ def differences(one, other) -> list[str]:
     """In what the records of two files differ, but for times, in words."""
     found = []
     for mine, its in zip(timeless(one), timeless(other), strict=True):
-        turns = zip(mine.pop("messages"), its.pop("messages"))
+        turns = zip(mine.pop("messages"), its.pop("messages"), strict=True)
         for where, a, b in [("record", mine, its), *((f"message {n}", a, b) for n, (a, b) in enumerate(turns))]:
             found += [f"{mine['instance_id']} {where} {key}: {a.get(key)!r:.300} {b.get(key)!r:.300}"
                       for key in a.keys() | b.keys() if a.get(key) != b.get(key)]  # fmt: skip

@@ -39,10 +39,11 @@ room for one retry that is tested. Dagger's seeds resolved 46.0 and 38.0 %; one 
 sft.
 
 Pilots, on tasks of dev splits and seed 0, after iteration 1 (sft) and after dagger's second (beta 0.5). Five families of
-`told` alone (a design between the two, given up before its study tasks were read), 400 labels an iteration: of 60 tasks 30 and 33 resolved, of 35 and 34 that erred 6 and 12 repaired. With
-`computed`, 600 labels, at learning rates 1e-3 and 2e-3: of 48 tasks 9 and 10, then 34 and 35 resolved; of 39 and 38 that
-erred none repaired, then 25 of 39 and 25 of 36. So these tasks were kept, and for a study of one night the labels halved,
-the limit set to 10 turns and dev to 24 tasks. study2 had been read by nobody.
+`told` alone (a design between the two, given up before its study tasks were read), 400 labels an iteration: of 60 tasks 30
+and 33 resolved, of 35 and 34 that erred 6 and 12 repaired. With `computed`, 600 labels, at learning rates 1e-3 and 2e-3: of
+48 tasks 9 and 10, then 34 and 35 resolved; of 39 and 38 that erred none repaired, then 25 of 39 and 25 of 36. So these tasks
+were kept, and for a study of one night the labels halved, the limit set to 10 turns and dev to 24 tasks. study2 had been
+read by nobody.
 """
 
 import json
@@ -144,6 +145,7 @@ def line(run: Path, arm: str, seed: int) -> dict:
         raise SystemExit(f"{test}: {len(results)} of {TASKS} tasks have a result")
     rollouts = {place(record["instance_id"]): record for record in jsonl.read(test / "trajectories.jsonl")}
     check(stages, test, arm)
+    ends = [erred(rollouts[number]["messages"]) for number in range(TASKS)]
     failures: dict[str, list[int]] = {}
     patches: dict[str, list[int]] = {}
     for number, row in enumerate(toy_tasks.load(SPLIT)):
@@ -179,8 +181,8 @@ def line(run: Path, arm: str, seed: int) -> dict:
         "resolved": "".join(str(int(results[number]["resolved"])) for number in range(TASKS)),
         "failures": failures,
         "patches": patches,
-        "erred": [number for number in range(TASKS) if erred(rollouts[number]["messages"])[0]],
-        "edited_again": [number for number in range(TASKS) if erred(rollouts[number]["messages"])[1]],
+        "erred": [number for number, (failed, _) in enumerate(ends) if failed],
+        "edited_again": [number for number, (_, again) in enumerate(ends) if again],
         "turns": sum(result["turns"] for result in results.values()),
         "iterations": iterations,
         "minutes": round(sum(manifest.get("seconds", 0) for manifest in manifests) / 60),
