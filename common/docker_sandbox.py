@@ -25,6 +25,7 @@ it, and it goes with the command); a user namespace of its own (the engine's `us
 import contextlib
 import io
 import os
+import ssl
 import tarfile
 import tempfile
 import time
@@ -186,6 +187,7 @@ class DockerSandbox:
         connection = getattr(stream, "_sock", stream)
         killed, look, frames = None, time.monotonic() + DISK_LOOK, Frames()
         try:
+            output.add(frames.payload(_read_with_the_head(stream, connection)))
             while True:
                 now = time.monotonic()
                 if now >= deadline:
@@ -382,6 +384,22 @@ def _place(tree: Path, path: str, entry: tuple) -> None:
     else:
         target.write_bytes(data)
         target.chmod(0o755 if mode == "100755" else 0o644)
+
+
+def _read_with_the_head(stream, connection) -> bytes:
+    """The first bytes of a command's output, where they came so soon that they were read together with the HTTP head.
+
+    The SDK hands out the bare socket, and they lie in the buffer above it: on a busy machine a quick command printed nothing.
+    """
+    response = getattr(stream, "_response", None)
+    buffer = response and response.raw._fp.fp
+    if not isinstance(buffer, io.BufferedReader):  # through ssh there is none
+        return b""
+    connection.settimeout(0.0)  # what is not there yet comes later
+    try:
+        return buffer.peek()
+    except ssl.SSLWantReadError:  # as TLS says that
+        return b""
 
 
 class _Chunks(io.RawIOBase):

@@ -1,5 +1,6 @@
 """The Docker sandbox on a real engine: one attack for each promise of its docstring, and what a patch holds."""
 
+import http.client
 import os
 import signal
 import subprocess
@@ -136,6 +137,13 @@ class TestCommands(EngineTests):
         assert box.run("kill -9 $$").exit_code == 137
         assert box.run("nosuchcommand").exit_code == 127
         assert "1 failed" in box.run("python3 -m pytest -q").output
+
+    def test_output_that_comes_with_the_engines_first_words(self, box, monkeypatch):
+        """Read together with the head of the engine's answer it was lost: `cat` printed nothing, a patch had no old side."""
+        begin = http.client.HTTPResponse.begin
+        monkeypatch.setattr(http.client.HTTPResponse, "begin", lambda response: (time.sleep(0.5), begin(response))[1])
+        assert box.run("echo early; sleep 1; echo late").output == "early\nlate\n"
+        assert box.run("head -c 3000 /dev/zero | tr '\\0' x").output == "x" * 3000
 
     def test_bytes_that_are_not_text(self, box):
         assert sh(box, r"printf 'a\xff\x00b'") == "a\ufffd\x00b"
