@@ -154,6 +154,8 @@ def work(args: Args) -> None:
     results, left = grade_all(args, stage, output, rows, graders, given)
     summary = measure(rows, results, infra_errors=left + (len(rows) - len(given) if student else 0))
     summary |= meter.summary()
+    if student:
+        summary["sandbox"] = "+".join(sorted({sandbox.kind_of(row, args.sandbox) for row in rows.values()}))
     output.finish([output.key(result) for result in results])
     jsonl.write_atomically(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     stage.finish(summary)
@@ -264,7 +266,7 @@ def regrade(args: Args, rows: dict[str, dict], graders: dict[str, str]) -> None:
             verdict = grading.regrade(row, end, log)
         results.append(result(row, by_key[key], verdict, grader, old["seconds"]))
     summary = measure(rows, results, infra_errors=stage.manifest["summary"]["infra_errors"])
-    summary |= {name: then for name, then in stage.manifest["summary"].items() if name == "cost"}
+    summary |= {name: then for name, then in stage.manifest["summary"].items() if name in ("cost", "sandbox")}
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in results]
     jsonl.write_atomically(out / "results.jsonl", "".join(lines))
     jsonl.write_atomically(out / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -301,11 +303,19 @@ def result(row: dict, record: dict, verdict: dict, grader: str, seconds: float) 
         "tampered": verdict["tampered"],
         "grader": grader,
         "suspected_infra": verdict.get("suspected_infra"),
+        "groups": groups_of(row),
     }
 
 
+def groups_of(row: dict) -> list[str]:
+    """Sets of tasks that are counted and compared apart: families of embedded bugs, else repositories."""
+    if "family" in row:
+        return [f"families {'not ' if row.get('unseen_family') else ''}in train", f"family {row['family']}"]
+    return [f"repository {row['repo']}"] if row.get("repo") else []
+
+
 def measure(rows: dict[str, dict], results: list[dict], infra_errors: int) -> dict:
-    """Resolved with its interval; by family and by whether the family is in the training split; how episodes ended."""
+    """Resolved with its interval, in all and in each group; how episodes ended and why patches failed."""
     from common.metrics import FAILURE_MODES, rate
 
     ends = [result["exit_status"] for result in results if result["exit_status"] is not None]
@@ -313,11 +323,8 @@ def measure(rows: dict[str, dict], results: list[dict], infra_errors: int) -> di
 
     groups: dict[str, list[bool]] = {}
     for result in results:
-        row = rows[result["instance_id"]]
-        if "family" in row:
-            seen = "families not in train" if row.get("unseen_family") else "families in train"
-            for name in (seen, f"family {row['family']}"):
-                groups.setdefault(name, []).append(result["resolved"])
+        for name in groups_of(rows[result["instance_id"]]):
+            groups.setdefault(name, []).append(result["resolved"])
     resolved, tasks = sum(result["resolved"] for result in results), len(results) + infra_errors
     graders = sorted({result.get("grader", "local") for result in results})
     official = {}
@@ -339,6 +346,7 @@ def measure(rows: dict[str, dict], results: list[dict], infra_errors: int) -> di
         "groups": {
             name: {"tasks": len(group), "resolved": sum(group), **rate(sum(group), len(group))}
             for name, group in sorted(groups.items())
+            if len(groups) > 1
         },
     }
 

@@ -290,9 +290,10 @@ def use(student, form: str, out: Path) -> str:
         parts.append(f"As a server: `vllm serve {shlex.quote(str(out))}`.")
     collected = [of["collect"] for number in _collected(student) if "collect" in (of := student.stages.get(number, {}))]
     used = {version for manifest in collected for version in manifest["same"]["prompts"]}
-    for version, text in prompts.PROMPTS.values():
+    for name, (version, text) in prompts.PROMPTS.items():
         if version in used:
-            parts.append(f"Its system prompt (`{version}`); the first user message is the issue, later ones are the "
+            parts.append(f'Its system prompt (`{version}`; in the row of a task `"prompt": "{name}"`); the first user '
+                         "message is the issue, later ones are the "
                          f"exit code and the output of its commands:\n\n````\n{text}\n````")  # fmt: skip
     if kwargs := _template_kwargs(student):
         parts.append(f"Its chat template arguments: `{json.dumps(kwargs)}`.")

@@ -21,11 +21,11 @@ from common.errors import InputError
 from common.failures import FAILURE_MODES, failure_mode
 from common.intervals import combine_seeds, paired, rate
 from common.runs import (
-    Run, arm_names, check_comparable, outcomes, read, shift, shift_rows, summarise, write_summaries,
+    Run, arm_names, check_comparable, outcomes, read, shift, shift_rows, summarise, task_groups, write_summaries,
 )  # fmt: skip
 
-__all__ = ["FAILURE_MODES", "Run", "arm_names", "check_comparable", "combine_seeds", "compare", "failure_mode",
-           "outcomes", "paired", "rate", "read", "shift", "shift_rows", "summarise", "write_summaries"]  # fmt: skip
+__all__ = ["FAILURE_MODES", "Run", "arm_names", "check_comparable", "combine_seeds", "compare", "endings",
+           "failure_mode", "outcomes", "paired", "rate", "read", "shift", "shift_rows", "summarise", "write_summaries"]  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -39,8 +39,10 @@ def compare(a: list[Run], b: list[Run]) -> dict | None:
     On the test tasks in those seeds in which both have met them, and where there is none on the evaluation tasks. A task
     without a result in one of the runs (the machine failed) is left out of all of them.
     Returns on (the tasks), test (whether these are the test tasks), left_out (how many tasks), seeds: {seed: paired(...)},
-    seeds_left_out (not tested yet), together: combine_seeds(...); None without a common seed in which both chose an
-    iteration. Raises InputError where no task has a result in all of the runs.
+    seeds_left_out (not tested yet), uneven (seeds in which one run has evaluated other iterations than the other),
+    together: combine_seeds(...), groups: {group of tasks: the same of its tasks alone}, without groups that hold all
+    tasks or a single one; None without a common seed in which both chose an iteration. Raises InputError where no task
+    has a result in all of the runs.
     """
     of = [{found.seed: found for found in arm if found.best is not None} for arm in (a, b)]
     pairs = {seed: (of[0][seed], of[1][seed]) for seed in sorted(of[0].keys() & of[1].keys(), key=str)}
@@ -49,23 +51,57 @@ def compare(a: list[Run], b: list[Run]) -> dict | None:
     tested = {seed: pair for seed, pair in pairs.items() if all(found.best in found.test for found in pair)}
     waiting = [seed for seed in pairs if seed not in tested] if tested else []
 
-    def scored(found: Run) -> dict[str, bool]:
+    def place(found: Run) -> Path:
         number = f"iter_{found.best:03d}"
-        return outcomes(found.home / "test" / number if tested else found.home / number / "eval")
+        return found.home / "test" / number if tested else found.home / number / "eval"
 
-    both = {seed: (scored(one), scored(other)) for seed, (one, other) in (tested or pairs).items()}
+    used = tested or pairs
+    both = {seed: (outcomes(place(one)), outcomes(place(other))) for seed, (one, other) in used.items()}
     results = [set(found) for pair in both.values() for found in pair]
     every, common = set.union(*results), set.intersection(*results)
     both = {seed: tuple({task: found[task] for task in common} for found in pair) for seed, pair in both.items()}
-    one = next(iter((tested or pairs).values()))[0]
+    one = next(iter(used.values()))[0]
+    groups = {name: tasks & common for name, tasks in sorted(task_groups(place(one)).items())}
     return {
         "on": (one.test[one.best] if tested else one.iterations[one.best]["eval"])["on"],
         "test": bool(tested),
         "left_out": len(every) - len(common),
         "seeds": {seed: paired(*pair) for seed, pair in both.items()},
         "seeds_left_out": waiting,
+        "uneven": [seed for seed, pair in used.items() if len({tuple(_evaluated(found)) for found in pair}) > 1],
         "together": combine_seeds(list(both.values())),
+        "groups": {
+            name: combine_seeds([tuple({task: found[task] for task in tasks} for found in pair) for pair in both.values()])
+            for name, tasks in groups.items()
+            if 1 < len(tasks) < len(common)
+        },
     }
+
+
+def _evaluated(found: Run) -> list[int]:
+    return [number for number, part in found.iterations.items() if number > 0 and part and part["eval"]]
+
+
+def endings(arms: list[list[Run]]) -> dict | None:
+    """How the tasks of each arm's chosen students ended: on, test, and arms: per arm None or {runs, tasks, resolved,
+    failure_modes}, the mean number of tasks in a run. On the test tasks where every run has met them, else on the
+    evaluation tasks. None where nothing is evaluated."""
+    chosen = [[found for found in arm if found.best is not None] for arm in arms]
+    if not any(chosen):
+        return None
+    test = all(found.best in found.test for arm in chosen for found in arm)
+    told, on = [], None
+    for arm in chosen:
+        scores = [found.test[found.best] if test else found.iterations[found.best]["eval"] for found in arm]
+        modes = [score.get("failure_modes") or {} for score in scores]
+        on = on or (scores[0]["on"] if scores else None)
+        told.append({
+            "runs": len(scores),
+            **{name: sum(score[name] for score in scores) / len(scores) for name in ("tasks", "resolved")},
+            "failure_modes": {mode: sum(of.get(mode, 0) for of in modes) / len(modes)
+                              for mode in FAILURE_MODES if any(mode in of for of in modes)},
+        } if scores else None)  # fmt: skip
+    return {"on": on, "test": test, "arms": told}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,6 +137,8 @@ def show(runs: list[Run]) -> None:
         _show_comparison(first, other, found)
     if others:
         print(f"\ngained, lost: tasks that the arm alone resolved, and those that {first} alone did")
+    if others and (ends := endings(list(arms.values()))):
+        _show_endings(list(arms), ends)
 
 
 def _show_comparison(first: str, other: str, found: dict | None) -> None:
@@ -124,6 +162,21 @@ def _show_comparison(first: str, other: str, found: dict | None) -> None:
         print("; what another seed would give is not in it")
     else:
         print(f", {_points(whole['t_low'])} to {_points(whole['t_high'])} (t over seeds)")
+    for name, of in found["groups"].items():
+        if not name.startswith("family "):
+            t = "" if of["t_low"] is None else f", {_points(of['t_low'])} to {_points(of['t_high'])} (t)"
+            print(f"    {name} ({of['tasks']} tasks): {_points(of['difference'])}; {_points(of['low'])} to "
+                  f"{_points(of['high'])}{t}")  # fmt: skip
+
+
+def _show_endings(names: list[str], found: dict) -> None:
+    """The table of failure modes, an arm in each column."""
+    arms = [arm or {"resolved": None, "failure_modes": {}} for arm in found["arms"]]
+    modes = [mode for mode in FAILURE_MODES if any(mode in arm["failure_modes"] for arm in arms)]
+    print(f"\nhow the tasks ended, in the mean of an arm's runs, each at its chosen iteration, on {found['on']}")
+    cells = [["resolved", *(arm["resolved"] for arm in arms)]]
+    cells += [[mode.replace("_", " "), *(arm["failure_modes"].get(mode, 0) for arm in arms)] for mode in modes]
+    _columns(["", *names], [[head, *("-" if n is None else f"{n:.1f}".removesuffix(".0") for n in row)] for head, *row in cells])
 
 
 def notes(found: dict) -> list[str]:
@@ -135,16 +188,19 @@ def notes(found: dict) -> list[str]:
     if found["seeds_left_out"]:
         seeds = ", ".join(map(str, found["seeds_left_out"]))
         told.append(f"not in it, for not both have met the test tasks there: seed {seeds}")
+    if found["uneven"]:
+        seeds = ", ".join(map(str, found["uneven"]))
+        told.append(f"one run has more iterations than the other, and so more to choose from: seed {seeds}")
     if not found["test"]:
         told.append("not both have met the test tasks, and to choose on the tasks that one is scored on flatters")
     return told
 
 
 def _at(found: Run, number: int) -> str:
-    """The cell of one iteration: missing where there is no such directory between others."""
-    if number not in found.iterations:
+    """The cell of one iteration: missing where another run has it; the untrained student need not be scored."""
+    summary = found.iterations.get(number)
+    if summary is None and number == 0:
         return "-"
-    summary = found.iterations[number]
     return "missing" if summary is None else _score(summary["eval"])
 
 

@@ -495,6 +495,14 @@ function shiftOf(run) {
   } else {
     parts.push(paragraph("The likelihood of labels was not measured in this run (03_train.py --measure).", "note"));
   }
+  if (run.iterations.some((one) => one.shift) && !run.iterations.some((one) => one.shift
+    && one.shift.some((row) => row.history === "student")))
+    parts.push(paragraph("The teacher alone acted while these tasks were collected: there is no state with a turn of " +
+      "the student in its history. To measure those, label an evaluation of the student (README, \u201cCovariate " +
+      "shift of any student\u201d).", "note"));
+  if (!["all", undefined].includes(run.settings.label_states))
+    parts.push(paragraph(`Only a choice of states has labels here (--label-states ${run.settings.label_states}): these ` +
+      "numbers cannot be set against those of a run that labelled all.", "note"));
   return [...parts, ...agreement(run), shiftTable(run)];
 }
 
@@ -577,7 +585,20 @@ function shiftTable(run) {
 
 function showFailures() {
   const words = "The tasks of each evaluation by what became of them. Each number leads to its trajectories.";
-  fill("failures", paragraph(words), byRun(failuresOf), definitions());
+  fill("failures", paragraph(words), endingsTable(), byRun(failuresOf), definitions());
+}
+
+/** All arms side by side, each at its chosen iteration. */
+function endingsTable() {
+  if (!data.endings) return null;
+  const { on, arms } = data.endings, ends = arms.filter(known);
+  const modes = data.modes.map(([name]) => name).filter((name) => ends.some((arm) => name in arm.failure_modes));
+  const mean = (arm, count) => (arm ? make(count ? "td" : "td.quiet", short(count)) : missingCell());
+  const rows = [["resolved", (arm) => arm.resolved], ...modes.map((name) =>
+    [name.replaceAll("_", " "), (arm) => arm.failure_modes[name] || 0])]
+    .map(([name, of]) => [name, ...arms.map((arm) => mean(arm, arm && of(arm)))]);
+  return table(["", ...data.arms.map(visible)], rows, { textColumns: 1,
+    caption: `Chosen students on ${on}: tasks in the mean of an arm's runs (${ends.map((arm) => arm.runs).join(", ")})` });
 }
 
 function failuresOf(run) {

@@ -14,9 +14,12 @@ def describe_runs(runs: list[metrics.Run]) -> dict:
     arms = list(dict.fromkeys(metrics.arm_names(runs)))
     arm_of = [arms.index(name) for name in metrics.arm_names(runs)]
     described = [describe_run(found, arm, name) for found, arm, name in zip(runs, arm_of, page_names(runs))]
-    pairs, notes = comparisons(
-        arms, [[found for found, mine in zip(runs, arm_of) if mine == arm] for arm in range(len(arms))]
-    )
+    for one in described:
+        have = [iteration["number"] for iteration in one["iterations"]]
+        others = {iteration["number"] for other in described for iteration in other["iterations"]}
+        one["missing"] += [f"Iteration {number} is missing." for number in sorted(others - {0, *have})]
+    of_arms = [[found for found, mine in zip(runs, arm_of) if mine == arm] for arm in range(len(arms))]
+    pairs, notes = comparisons(arms, of_arms)
     return {
         "title": title(arms, described),
         "lead": lead(arms, described),
@@ -25,6 +28,7 @@ def describe_runs(runs: list[metrics.Run]) -> dict:
         "means": [means([one for one in described if one["arm"] == arm]) for arm in range(len(arms))],
         "pairs": pairs,
         "pair_notes": notes,
+        "endings": metrics.endings(of_arms) if len(arms) > 1 else None,
         "modes": failure_modes(),
     }
 
@@ -146,12 +150,19 @@ def comparisons(arms: list[str], runs: list[list[metrics.Run]]) -> tuple[list[di
                                 "low": whole["low"], "high": whole["high"]})  # fmt: skip
             rows.append(both | {"name": f"{whole['seeds']} seeds together (t over the seeds)",
                                 "low": whole["t_low"], "high": whole["t_high"]})  # fmt: skip
+        for name, group in found["groups"].items():
+            if not name.startswith("family "):
+                wider = {"low": min, "high": max}
+                rows.append({"name": f"{other} against {arms[0]}: {name}", "tasks": found["on"], "n": group["tasks"],
+                             "difference": group["difference"], "p": None}
+                            | {end: pick(group[key] for key in (end, f"t_{end}") if group[key] is not None)
+                               for end, pick in wider.items()})  # fmt: skip
         told += [f"{other}: {note}." for note in metrics.notes(found)]
     if rows:
         told.append(
             "Each run at its chosen iteration, on the same tasks. A seed's row: Newcombe's interval for paired "
             "proportions, and McNemar's exact test; both are about other tasks of this kind, not about other seeds. "
-            "Claim what the bootstrap and the t interval both say."
+            "Claim what the bootstrap and the t interval both say; a group of tasks has the wider of the two."
         )
     return rows, told
 

@@ -15,14 +15,19 @@ from common.errors import InputError
 
 TOKENS = ("in", "cached", "out")
 
-# setting -> the stage whose manifest has it. What makes an arm, and with `seed`, `aggregate` and `code` a run.
+# setting -> the stage whose manifest has it, and its name there
 SETTINGS = {
-    **dict.fromkeys(("mix", "schedule", "beta", "prefix_turns", "teacher", "student", "tasks", "sample", "attempts",
-                     "limit", "student_extra", "teacher_extra", "temperature", "top_p", "max_turns", "max_context",
-                     "max_tokens", "max_new_tokens", "time_limit", "command_timeout"), "collect"),
-    **dict.fromkeys(("max_labels", "label_states"), "relabel"),
-    **dict.fromkeys(("keep", "epochs", "steps_per_epoch", "max_steps", "lr", "warmup", "batch_size", "loss_norm",
-                     "packing", "quant", "lora_rank", "lora_alpha", "clip"), "train"),
+    **{name: ("collect", name) for name in (
+        "mix", "schedule", "beta", "prefix_turns", "teacher", "tasks", "sample", "attempts", "limit", "prompts",
+        "student_extra", "teacher_extra", "temperature", "top_p", "max_turns", "max_context", "max_tokens",
+        "max_new_tokens", "time_limit", "command_timeout")},
+    "acting": ("collect", "student"),
+    **{name: ("relabel", name) for name in ("max_labels", "label_states")},
+    **{f"label_{name}": ("relabel", name) for name in ("teacher", "temperature", "top_p", "teacher_extra")},
+    **{name: ("train", name) for name in (
+        "keep", "epochs", "steps_per_epoch", "max_steps", "lr", "warmup", "batch_size", "loss_norm", "packing", "quant",
+        "lora_rank", "lora_alpha", "clip")},
+    "student": ("eval", "student"),
 }  # fmt: skip
 DEFAULTS = {"keep": "all", "label_states": "all"}  # what code without these knobs did
 OF_MIX = {"schedule": "turn", "beta": "turn", "prefix_turns": "prefix"}  # these say something with one --mix alone
@@ -132,6 +137,15 @@ def outcomes(directory: str | Path) -> dict[str, bool]:
     return found
 
 
+def task_groups(directory: str | Path) -> dict[str, set[str]]:
+    """group (families of bugs, repositories) -> its instance_ids, of a finished evaluation; older ones have none."""
+    found: dict[str, set[str]] = {}
+    for result in jsonl.read(Path(directory) / "results.jsonl", "result"):
+        for name in result.get("groups", ()):
+            found.setdefault(name, set()).add(result["instance_id"])
+    return found
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Covariate shift
 
@@ -168,6 +182,9 @@ def shift_rows(directory: str | Path) -> list[dict] | None:
 
 def shift(rows: list[dict]) -> list[dict]:
     """How well the student does what the teacher would do, where the teacher alone made the history and elsewhere.
+
+    Of the labels that there are: with --label-states student or uncertain:P these are a choice of states, and neither
+    agree nor the likelihoods can be set against those of a run that labelled all.
 
     rows: of shift_rows. Returns, for history "teacher" (no turn of the student before this one; turn 0 is always of
     this kind) and "student" (at least one), the sum over all turns (turn None) and each turn:
@@ -249,7 +266,8 @@ def check_comparable(runs: list[Run]) -> None:
             first, reference = evaluations[0]
             then, now = _conditions(reference), _conditions(content)
             for name in dict.fromkeys((*then, *now)):
-                if then.get(name) != now.get(name):
+                unknown = name in ("grader", "sandbox") and None in (then[name], now[name])
+                if then.get(name) != now.get(name) and not unknown:
                     one, other = then.get(name), now.get(name)
                     if name == "tasks":  # the spec is for the eye, the contents decide
                         one, other = (f"{found['settings']['tasks']} (contents {found['same']['tasks']})"
@@ -261,11 +279,12 @@ def check_comparable(runs: list[Run]) -> None:
 
 
 def _conditions(manifest: dict) -> dict:
-    """What has to be equal for two evaluations to be comparable."""
-    same = manifest["same"]
+    """What has to be equal for two evaluations to be comparable. What one of them did not record is not compared."""
+    same, summary = manifest["same"], manifest["summary"]
     flat = {
         "tasks": same["tasks"],
-        "grader": same["grader"],
+        "grader": summary.get("grader"),  # who graded, not what --grader said: `auto` and `local` may be the same
+        "sandbox": summary.get("sandbox"),
         "swebench": same.get("swebench"),
         "test_timeout": same.get("test_timeout"),
         "prompts": same.get("prompts"),
@@ -283,6 +302,8 @@ def _arm_name(settings: dict) -> str:
     names = {"turn": f"DAgger {schedule}", "prefix": f"AggreVaTe {settings.get('prefix_turns')}", "teacher": "SFT",
              "student": "on-policy", None: "not collected"}  # fmt: skip
     name = names.get(settings.get("mix"), str(settings.get("mix")))
+    if settings.get("acting"):
+        name += f" ({settings['acting']} acting)"
     return name + (", resolved only" if settings.get("keep") == "resolved" else "")
 
 
@@ -292,21 +313,37 @@ def _value(found: Run, name: str):
 
 
 def _settings(stages: dict[int, dict[str, dict]]) -> tuple[dict, int | None]:
-    """The settings that make a run's arm, each from the last iteration that has its stage (the first one may be shared
-    between arms: at beta = 1 all are SFT); and the seed."""
+    """The settings that make a run's arm, and the seed.
+
+    What says who acts is taken from the last iteration (the first one may be shared between arms: at beta = 1 all are
+    SFT); of all else the values of all iterations count, with commas between them where they differ.
+    acting is who was the student while tasks were collected, label_teacher who gave the labels: None where these are the
+    student that is scored and the teacher that acts.
+    """
     last = {name: content for found in stages.values() for name, content in found.items()}
-    of = {name: content["settings"] for name, content in last.items()}
-    settings = {name: of.get(stage, {}).get(name) for name, stage in SETTINGS.items()}
+
+    def value(content: dict, name: str):
+        found = content.get("same", {}).get("prompts") if name == "prompts" else content["settings"].get(name)
+        return found and _who(found) if name in ("student", "teacher") else found
+
+    def of_all(setting: str, stage: str, name: str):
+        values = [value(found[stage], name) for found in stages.values() if stage in found]
+        shown = dict.fromkeys(str(DEFAULTS.get(setting) if one is None else one) for one in values)
+        return ",".join(shown) if len(shown) > 1 else values[-1] if values else None
+
+    settings = {setting: of_all(setting, stage, name) for setting, (stage, name) in SETTINGS.items()}
+    settings |= {name: last["collect"]["settings"].get(name) for name in ("mix", *OF_MIX) if "collect" in last}
     settings |= {name: None for name, mix in OF_MIX.items() if settings["mix"] != mix}
-    if of.get("relabel", {}).get("keep") == "resolved":  # 02 or 03 may have left the others out
+    settings["student"] = value(last["eval"], "student") if "eval" in last else settings["acting"]
+    actors = [found["collect"]["settings"].get("student") for found in stages.values() if "collect" in found]
+    others = [_who(actor) for actor in actors if actor and _model(actor) != _model(settings["student"] or actor)]
+    settings["acting"] = ",".join(dict.fromkeys(others)) or None
+    if settings["label_teacher"] == (settings["teacher"] or settings["label_teacher"]):
+        settings |= {"teacher": settings["label_teacher"] or settings["teacher"], "label_teacher": None}
+    if last.get("relabel", {}).get("settings", {}).get("keep") == "resolved":  # 02 or 03 may have left the others out
         settings["keep"] = "resolved"
-    budgets = [str(found["relabel"]["settings"].get("max_labels")) for found in stages.values() if "relabel" in found]
-    if len(set(budgets)) > 1:
-        settings["max_labels"] = ",".join(budgets)
-    settings["student"] = of.get("eval", {}).get("student") or settings["student"]
-    settings |= {who: settings[who] and _who(settings[who]) for who in ("student", "teacher")}
     settings["aggregate"] = _aggregation({i: found["train"] for i, found in stages.items() if "train" in found})
-    seeds = [content["seed"] for content in of.values() if content.get("seed") is not None]
+    seeds = [seed for content in last.values() if (seed := content["settings"].get("seed")) is not None]
     made = last.get("collect") or next(iter(last.values()))
     commit, diff = made.get("commit"), made.get("diff")
     settings["code"] = commit and f"{commit[:9]}" + (f" with changes {run.hash_json(diff)[:4]}" if diff else "")
@@ -321,6 +358,10 @@ def _who(policy: str) -> str:
     if kind == "vllm":
         return f"vllm:{rest.partition(',')[0]}"
     return re.sub(r",adapter=[^,]*", "", policy) if kind == "hf" else policy
+
+
+def _model(policy: str) -> str:
+    return _who(policy).partition(",")[0] if policy.startswith("hf:") else _who(policy)
 
 
 def _aggregation(trained: dict[int, dict]) -> str | None:

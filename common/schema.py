@@ -99,6 +99,7 @@ RESULT = {
     "tampered": ((bool,), True),
     "grader": (_TEXT, False),
     "suspected_infra": (_TEXT + _NONE, False),
+    "groups": ((list,), False),
 }
 
 ACTORS = ("student", "teacher")

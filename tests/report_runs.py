@@ -62,7 +62,7 @@ def result(of, resolved, mode=None):
     }
     return {"schema": 1, "instance_id": of["instance_id"], "trajectory_id": of["trajectory_id"], "resolved": resolved,
             "tests_status": tests, "exit_status": "submitted", "failure_mode": mode, "turns": 1, "tokens": None,
-            "seconds": 1.0, "tampered": False}  # fmt: skip
+            "seconds": 1.0, "tampered": False, "groups": [f"repository {of['instance_id'][-1]}"]}  # fmt: skip
 
 
 def write(path, records):

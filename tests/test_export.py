@@ -242,6 +242,7 @@ def test_the_card_says_which_labels_were_chosen_and_how_many_steps(tmp_path):
     home = make_run(tmp_path / "run", tiny.model_dir(tmp_path), settings={"steps_per_epoch": 44})
     plain = (give(home, "peft", tmp_path / "plain") / "README.md").read_text()
     assert "longer and left out: 0 |" in plain and "| teacher | oracle (the scripted expert of the embedded tasks) |" in plain
+    assert 'Its system prompt (`toy-1`; in the row of a task `"prompt": "toy"`)' in plain
     assert "44 in each epoch" in plain and "| labels | 10 of iterations 1, 2 |" in plain
     for number, most in ((1, 40), (2, 30)):
         path = home / f"iter_00{number}/labels.jsonl.manifest.json"

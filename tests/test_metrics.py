@@ -203,33 +203,38 @@ def manifest(path, settings, summary, **more):
     path.write_text(json.dumps(content | more))
 
 
-def evaluation(place, resolved, *, on="toy:dev", seed=0, limits=LIMITS, tasks_hash="d0", student="hf:m,adapter=a/b,quant=none"):
-    """resolved: whether each of the tasks t0, t1, ... is."""
+def evaluation(place, resolved, *, on="toy:dev", seed=0, limits=LIMITS, tasks_hash="d0", student="hf:m,adapter=a/b,quant=none",
+               grader="local", sandbox="local", temperature=0.0, **same):  # fmt: skip
+    """resolved: whether each of the tasks t0, t1, ... is; of these, t0 and t1 are of repository a, others of b."""
     record = {"schema": schema.VERSION, "trajectory_id": None, "tests_status": {}, "exit_status": None, "failure_mode": None,
               "turns": None, "tokens": None, "seconds": 0.0, "tampered": False}  # fmt: skip
-    lines(place / "results.jsonl", [record | {"instance_id": f"t{n}", "resolved": bool(good)} for n, good in enumerate(resolved)])
+    lines(place / "results.jsonl", [record | {"instance_id": f"t{n}", "resolved": bool(good), "groups": ["repository a" if n < 2 else "repository b"]}
+                                    for n, good in enumerate(resolved)])  # fmt: skip
     counted = {"tasks": len(resolved), "resolved": sum(resolved), **metrics.rate(sum(resolved), len(resolved))}
+    counted |= {"grader": grader, "sandbox": sandbox}
     same = {"tasks": tasks_hash, "grader": "auto", "test_timeout": 120.0, "prompts": ["toy-1"], "limits": limits,
-            "student": {"sampling": {"temperature": 0.0}}}  # fmt: skip
+            "student": {"sampling": {"temperature": temperature}}} | same  # fmt: skip
     settings = {"tasks": on, "student": student, "seed": seed}
     manifest(place / "manifest.json", settings, counted | {"tokens_in": 5, "tokens_out": 1}, same=same)
 
 
 def make_run(home, scores=((0, 0, 0, 1), (0, 1, 1, 1)), *, seed=0, mix="turn", keep=None, schedule="linear:2", data=None, test=None,
-             teacher="oracle", **options):  # fmt: skip
-    """A run with iterations 0, 1, ...: scores are the resolved tasks of each."""
+             teacher="oracle", actor=None, collect=None, lr=(1e-4,), **options):  # fmt: skip
+    """A run with iterations 0, 1, ...: scores are the resolved tasks of each; collect: more settings of 01; lr: of the
+    first iterations, and the last one of all that follow."""
     home.mkdir(parents=True)
     for number, resolved in enumerate(scores):
         place = home / f"iter_{number:03d}"
         evaluation(place / "eval", resolved, seed=seed, **options)
         if number:
-            settings = {"mix": mix, "schedule": schedule, "beta": None, "prefix_turns": "0:2", "teacher": teacher, "student": "hf:m",
-                        "seed": seed}  # fmt: skip
+            settings = {"mix": mix, "schedule": schedule, "beta": None, "prefix_turns": "0:2", "teacher": teacher,
+                        "student": actor or options.get("student", "hf:m"), "seed": seed} | (collect or {})  # fmt: skip
             collected = {"trajectories": 1, "turns": 2, "teacher_turn_share": 0.5, "teacher_token_share": 0.4,
                          **{f"{who}_tokens_{kind}": 10 for who in ("student", "teacher") for kind in ("in", "cached", "out")}}  # fmt: skip
-            manifest(place / "trajectories.jsonl.manifest.json", settings, collected | {"cost": 0.5})
+            manifest(place / "trajectories.jsonl.manifest.json", settings, collected | {"cost": 0.5}, same={"prompts": ["toy-1"]})
             used = data[number - 1] if data else [str(place)]
-            manifest(place / "adapter/manifest.json", {"data": used, "init_adapter": None, "keep": keep}, {"labels": 2, "loss": 0.1})
+            manifest(place / "adapter/manifest.json", {"data": used, "init_adapter": None, "keep": keep,
+                     "lr": lr[min(number, len(lr)) - 1]}, {"labels": 2, "loss": 0.1})
     if test is not None:
         best = max(range(1, len(scores)), key=lambda i: (sum(scores[i]), -i))
         evaluation(home / f"test/iter_{best:03d}", test, on="toy:test", seed=seed, tasks_hash="t0")
@@ -314,16 +319,62 @@ def test_the_names_of_arms(tmp_path):
     assert metrics.arm_names([union, again]) == ["DAgger linear:2 (ccccccccc)", "DAgger linear:2 (ccccccccc with changes 1a2b)"]
 
 
+THREE = ((0, 0), (0, 1), (1, 1))
+
+
+@pytest.mark.parametrize("usual, other, names", [
+    ({}, {"teacher": "oracle,noise=0.9"}, ["SFT, teacher oracle", "SFT, teacher oracle,noise=0.9"]),
+    ({}, {"collect": {"temperature": 1.5}}, ["SFT", "SFT, temperature 1.5"]),
+    ({"lr": (1e-4, 2e-4)}, {"lr": (3e-4, 2e-4)}, ["SFT, lr 0.0001,0.0002", "SFT, lr 0.0003,0.0002"]),
+    ({"mix": "student"}, {"mix": "student", "actor": "oracle,noise=0.3"}, ["on-policy", "on-policy (oracle,noise=0.3 acting)"]),
+    ({"labels": "oracle"}, {"labels": "oracle,noise=0.9"}, ["SFT", "SFT, label teacher oracle,noise=0.9"]),
+    ({"labels": "oracle"}, {"labels": "oracle", "label_temperature": 1.5}, ["SFT", "SFT, label temperature 1.5"]),
+    ({}, {"prompts": ["swe-1"]}, ["SFT, prompts ['toy-1']", "SFT, prompts ['swe-1']"]),
+])  # fmt: skip
+def test_seeds_of_an_arm_differ_in_nothing_else(tmp_path, usual, other, names):
+    """In nothing that makes a student: what is in the manifests of any of its iterations counts."""
+    runs = []
+    for seed, options in enumerate((usual, usual, other)):
+        options = {"mix": "teacher"} | options
+        labels, temperature, prompts = (options.pop(name, None) for name in ("labels", "label_temperature", "prompts"))
+        home = make_run(tmp_path / str(seed), THREE, seed=seed, **options)
+        if prompts:
+            place = home / "iter_002/trajectories.jsonl.manifest.json"
+            place.write_text(json.dumps(json.loads(place.read_text()) | {"same": {"prompts": prompts}}))
+            shutil.rmtree(home / "iter_001")
+        if labels:
+            for place in (home / "iter_001", home / "iter_002"):
+                lines(place / "labels.jsonl", [])
+                manifest(place / "labels.jsonl.manifest.json", {"teacher": labels, "temperature": temperature, "seed": seed}, {})
+        runs.append(metrics.read(home))
+    assert metrics.arm_names(runs) == [names[0], names[0], names[1]]
+
+
 @pytest.mark.parametrize("options, message", [
     ({"tasks_hash": "d1", "on": "toy:dev:4"}, r"tasks is toy:dev \(contents d0\) in .*a/iter_000/eval and toy:dev:4 \(contents d1\) in .*b/iter_000/eval"),
     ({"limits": LIMITS | {"max_turns": 12}}, "limit max_turns is 9 in .* and 12 in "),
     ({"limits": LIMITS | {"network": True}}, "limit network is None in .* and True in "),
+    ({"grader": "swebench"}, "grader is local in .* and swebench in "),
+    ({"sandbox": "docker"}, "sandbox is local in .* and docker in "),
+    ({"prompts": ["toy-2"]}, r"prompts is \['toy-1'\] in .* and \['toy-2'\] in "),
+    ({"test_timeout": 60.0}, "test_timeout is 120.0 in .* and 60.0 in "),
+    ({"swebench": {"version": "5.0.2"}}, "swebench is None in .* and {'version': '5.0.2'} in "),
+    ({"temperature": 0.5}, "sampling temperature is 0.0 in .* and 0.5 in "),
 ])  # fmt: skip
 def test_runs_that_cannot_be_compared_are_refused(tmp_path, options, message):
     a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", **options)
     with pytest.raises(InputError, match=f"these runs cannot be compared: {message}"):
         metrics.check_comparable([metrics.read(a), metrics.read(b)])
     metrics.check_comparable([metrics.read(a), metrics.read(a)])
+
+
+def test_only_what_both_recorded_is_compared(tmp_path):
+    """--grader auto and --grader local may be the same grader: what counts is who graded. Older runs did not say where."""
+    a, b, c = make_run(tmp_path / "a"), make_run(tmp_path / "b"), make_run(tmp_path / "c", sandbox=None)
+    for place in b.glob("iter_*/eval/manifest.json"):
+        content = json.loads(place.read_text())
+        place.write_text(json.dumps(content | {"same": content["same"] | {"grader": "local"}}))
+    metrics.check_comparable([metrics.read(home) for home in (a, b, c)])
 
 
 def table(*homes, code=0):
@@ -372,7 +423,42 @@ def test_a_task_that_the_machine_failed_is_left_out_of_the_comparison(tmp_path):
     assert "DAgger linear:2 against SFT: no task in common" in shown and "on-policy against SFT, each at its" in shown
 
 
+def test_where_and_how_two_arms_differ(tmp_path):
+    """By hand: of t0, t1 (repository a) and t2 to t5 (b) SFT's seeds resolve t0; DAgger's t0, t1 and t2, and t0, t1."""
+    sft = [make_run(tmp_path / f"sft{s}", mix="teacher", seed=s, test=[1, 0, 0, 0, 0, 0]) for s in range(2)]
+    dagger = [make_run(tmp_path / f"dagger{s}", seed=s, test=[1, 1, 1 - s, 0, 0, 0]) for s in range(2)]
+    modes = ({"no_patch": 5}, {"no_patch": 4, "tests_failed": 1}, {"turn_limit": 3}, {})
+    for home, found in zip((*sft, *dagger), modes):
+        place = home / "test/iter_001/manifest.json"
+        content = json.loads(place.read_text())
+        place.write_text(json.dumps(content | {"summary": content["summary"] | {"failure_modes": found}}))
+    arms = [[metrics.read(home) for home in arm] for arm in (sft, dagger)]
+    groups = metrics.compare(*arms)["groups"]
+    assert {name: (of["tasks"], of["differences"]) for name, of in groups.items()} == {
+        "repository a": (2, [0.5, 0.5]), "repository b": (4, [0.25, 0])}  # fmt: skip
+    ends = metrics.endings(arms)
+    assert (ends["on"], ends["test"]) == ("toy:test", True)
+    assert ends["arms"] == [
+        {"runs": 2, "tasks": 6, "resolved": 1, "failure_modes": {"no_patch": 4.5, "tests_failed": 0.5}},
+        {"runs": 2, "tasks": 6, "resolved": 2.5, "failure_modes": {"turn_limit": 1.5}},
+    ]
+    shown = [line.split() for line in table(*sft, *dagger).splitlines()]
+    assert ["repository", "b", "(4", "tasks):", "+12.5;"] in [row[:5] for row in shown]
+    assert ["no", "patch", "4.5", "0"] in shown and ["resolved", "1", "2.5"] in shown
+    assert metrics.endings([[], arms[1]])["arms"][0] is None and metrics.endings([[], []]) is None
+
+
+def test_iterations_that_one_run_has_not_are_missing_and_said(tmp_path):
+    short, long = make_run(tmp_path / "sft", mix="teacher"), make_run(tmp_path / "dagger", THREE)
+    shown = table(short, long)
+    assert [line.split()[-3] for line in shown.splitlines() if line.startswith("SFT")] == ["missing"]
+    assert "one run has more iterations than the other, and so more to choose from: seed 0" in shown
+    assert "missing" not in table(long) and metrics.compare([metrics.read(long)], [metrics.read(long)])["uneven"] == []
+
+
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
+    (damaged := make_run(tmp_path / "damaged") / "iter_001/eval/manifest.json").write_text("")
+    assert table(tmp_path / "damaged", code=2) == f"error: {damaged}: damaged, no JSON object; remove it and run its stage again\n"
     assert "which runs?" in table(code=2)
     assert table(tmp_path / "none", code=2) == f"error: {tmp_path}/none: no such directory; RUN=none ./run_loop.sh makes a run\n"
     (tmp_path / "empty/iter_001").mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import re
 import time
 import tracemalloc
@@ -167,6 +168,29 @@ def test_several_runs_are_compared(tmp_path):
     ]
     assert len(data["pairs"]) == 4 and all(pair["difference"] == 0 for pair in data["pairs"])
     assert {row["run"] for row in rows(data)} == {0, 1, 2, 3}
+    mean = {"runs": 2, "tasks": 4, "resolved": 2, "failure_modes": {"tests_failed": 2}}
+    assert data["endings"] == {"on": "toy:test", "test": True, "arms": [mean, mean]}
+
+
+def test_groups_of_tasks_and_missing_iterations_of_several_runs(tmp_path):
+    """Of four test tasks two are of a group; a group of one task, or of all, says nothing of its own. SFT's third
+    resolves, DAgger's does not: +1 in one of two tasks of the group."""
+    homes = [small_run(tmp_path / "dagger"), small_run(tmp_path / "sft", resolved=(0, 3), mix="teacher", schedule=None)]
+    for home, iteration in zip(homes, (2, 1)):
+        path = home / f"test/iter_00{iteration}/results.jsonl"
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+        for place, one in enumerate(found):
+            groups = ["all", *(["repository x"] if place >= 2 else ["family y"])]
+            one |= {"groups": groups, "resolved": place < 2 or (place == 2 and home == homes[1])}
+        path.write_text("".join(json.dumps(one) + "\n" for one in found))
+    report.report(homes, tmp_path / "page.html")
+    data, _ = contents(tmp_path / "page.html")
+    (one,) = [pair for pair in data["pairs"] if "repository x" in pair["name"]]
+    assert (one["name"], one["n"], one["difference"]) == ("SFT against DAgger linear:2: repository x", 2, 0.5)
+    assert (one["low"], one["high"]) == (0, 1)
+    assert [pair["n"] for pair in data["pairs"]] == [4, 2]
+    assert data["runs"][0]["missing"] == [] and data["runs"][1]["missing"] == ["Iteration 2 is missing."]
+    assert "SFT: one run has more iterations than the other, and so more to choose from: seed 0." in data["pair_notes"]
 
 
 def test_arms_with_another_set_of_results_are_paired_on_what_both_have(tmp_path):

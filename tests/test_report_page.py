@@ -137,6 +137,24 @@ class TestBrowser:
         page.wait("!document.querySelector('#viewer').hidden")
         assert count(page) == "3 of 168 trajectories"
 
+    def test_arms_side_by_side_and_what_a_run_cannot_show(self, chromium, tmp_path):
+        """SFT has no state with a turn of the student; a choice of states is no sample of them."""
+        homes = [small_run(tmp_path / "dagger", resolved=(0, 1)), small_run(tmp_path / "sft", resolved=(0, 3), mix="teacher")]
+        one = trajectory("task-a", 1, [("teacher", "ls", "exit 0"), ("teacher", "submit", None)])
+        collect(homes[1] / "iter_001", [one], [label(one, 0, say("ls"), None, "executed")], mix="teacher")
+        path = homes[0] / "iter_001/labels.jsonl.manifest.json"
+        path.write_text(path.read_text().replace('"seed": 0', '"seed": 0, "label_states": "student"'))
+        report.report(homes, tmp_path / "page.html")
+        opened_at(chromium, tmp_path / "page.html", "")
+        table = chromium.run("return document.querySelector('#failures table').innerText").split("\n")
+        assert [line.split("\t")[0] for line in table if "\t" in line] == ["", "resolved", "tests failed"]
+        assert "Chosen students on toy:test: tasks in the mean of an arm's runs (1, 1)" in table
+        shown = "return document.querySelector('#shift').innerText"
+        assert "(--label-states student)" in chromium.run(shown) and "teacher alone acted" not in chromium.run(shown)
+        chromium.run("const s = document.querySelector('#shift select'); s.value = 1; s.dispatchEvent(new Event('change'))")
+        assert "The teacher alone acted while these tasks were collected" in chromium.run(shown)
+        assert "(--label-states" not in chromium.run(shown) and chromium.log() == []
+
     def test_keys(self, page, page_path):
         opened_at(page, page_path, "#trajectories?what=collected&iteration=1")
         page.press("j")
