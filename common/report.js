@@ -585,7 +585,7 @@ function shiftTable(run) {
 
 function showFailures() {
   const words = "The tasks of each evaluation by what became of them. Each number leads to its trajectories.";
-  fill("failures", paragraph(words), endingsTable(), byRun(failuresOf), definitions());
+  fill("failures", endingsTable(), paragraph(words), byRun(failuresOf), definitions());
 }
 
 /** All arms side by side, each at its chosen iteration. */
@@ -593,12 +593,12 @@ function endingsTable() {
   if (!data.endings) return null;
   const { on, arms } = data.endings, ends = arms.filter(known);
   const modes = data.modes.map(([name]) => name).filter((name) => ends.some((arm) => name in arm.failure_modes));
-  const mean = (arm, count) => (arm ? make(count ? "td" : "td.quiet", short(count)) : missingCell());
+  const mean = (arm, count) => (arm ? make(count ? "td" : "td.quiet", String(Math.round(10 * count) / 10)) : missingCell());
   const rows = [["resolved", (arm) => arm.resolved], ...modes.map((name) =>
     [name.replaceAll("_", " "), (arm) => arm.failure_modes[name] || 0])]
     .map(([name, of]) => [name, ...arms.map((arm) => mean(arm, arm && of(arm)))]);
   return table(["", ...data.arms.map(visible)], rows, { textColumns: 1,
-    caption: `Chosen students on ${on}: tasks in the mean of an arm's runs (${ends.map((arm) => arm.runs).join(", ")})` });
+    caption: `Chosen students on ${on}: tasks, in the mean of ${[...new Set(ends.map((arm) => arm.runs))].join(" or ")} runs` });
 }
 
 function failuresOf(run) {

@@ -148,7 +148,7 @@ class TestBrowser:
         opened_at(chromium, tmp_path / "page.html", "")
         table = chromium.run("return document.querySelector('#failures table').innerText").split("\n")
         assert [line.split("\t")[0] for line in table if "\t" in line] == ["", "resolved", "tests failed"]
-        assert "Chosen students on toy:test: tasks in the mean of an arm's runs (1, 1)" in table
+        assert "Chosen students on toy:test: tasks, in the mean of 1 runs" in table
         shown = "return document.querySelector('#shift').innerText"
         assert "(--label-states student)" in chromium.run(shown) and "teacher alone acted" not in chromium.run(shown)
         chromium.run("const s = document.querySelector('#shift select'); s.value = 1; s.dispatchEvent(new Event('change'))")

@@ -16,8 +16,10 @@
 #   dagger-paper  beta 1, 0.8, 0.6 (the paper's schedule)
 #   aggrevate     the student acts in the first kappa turns, kappa up to 0, 3, 6, then the teacher (prefix 0:3)
 #   rft           the teacher alone, who errs at 3 of 10 turns; only trajectories that resolve their task (rejection sampling).
-#                 Its teacher is worse than the others': rft - sft is about both, the teacher and the filter
+#                 Its teacher is worse than the others': rft - sft is about both, the teacher and the filter. It tries 90
+#                 tasks in an iteration, to have 300 labels left; the others collect 64, which begin as its 90 do
 #   sft-tasks     as sft, but on as many tasks as dagger had labels from, so with fewer labels: the match by tasks
+#                 (where the runs of dagger and sft of that seed are not in HOME_OF_RUNS they are made for it)
 #
 # The first iteration of sft, dagger, dagger-paper and sft-tasks is the same by definition, and is run once per seed.
 # tests/bench/study.py says which comparisons were chosen before any result was seen, and prints them.
@@ -31,6 +33,8 @@ JOBS=${JOBS:-1}
 export RESULTS=${RESULTS:-} HOME_OF_RUNS=${HOME_OF_RUNS:-runs/study}
 export PYTHON
 [ "$JOBS" = 1 ] || export OMP_NUM_THREADS=1
+
+unset $(sed -n 's/^\([A-Z_]*\)=\${\1.*/\1/p' run_loop.sh)  # the knobs are those below, whatever the caller has set
 
 case $HOME_OF_RUNS in /*) ;; *) HOME_OF_RUNS=$PWD/$HOME_OF_RUNS ;; esac
 
@@ -53,9 +57,20 @@ begin() { # RUN SEED: the first iteration, which runs of a seed have in common
 }
 
 one() { # ARM SEED; no && and || here: they would switch off set -e
-    local run=$1-$2 knobs
     case $("$PYTHON" tests/bench/study.py has "$1" "$2") in yes) return ;; no) ;; *) exit 1 ;; esac
+    make_run "$1" "$2"
+    for i in 1 2 3; do shift_of "$HOME_OF_RUNS/$1-$2" "$i"; done
+    "$PYTHON" tests/bench/study.py line "$HOME_OF_RUNS/$1-$2" "$1" "$2"
+}
+
+make_run() { # ARM SEED
+    local run=$1-$2 knobs
     echo "== $run" >&2
+    if [ "$1" = sft-tasks ]; then
+        for arm in dagger sft; do
+            if [ ! -e "$HOME_OF_RUNS/$arm-$2/iter_003/eval/manifest.json" ]; then make_run "$arm" "$2"; fi
+        done
+    fi
     case $1 in
         sft) knobs=(SCHEDULE=constant:1) ;;
         dagger) knobs=(SCHEDULE=linear:2) ;;
@@ -67,8 +82,6 @@ one() { # ARM SEED; no && and || here: they would switch off set -e
     esac
     case $1 in rft | aggrevate) ;; *) begin "$run" "$2" ;; esac
     loop "$run" "$2" "${knobs[@]}"
-    for i in 1 2 3; do shift_of "$HOME_OF_RUNS/$run" "$i"; done
-    "$PYTHON" tests/bench/study.py line "$HOME_OF_RUNS/$run" "$1" "$2"
 }
 
 shift_of() { # RUN ITERATION: -log p of the expert's actions at the states that the student and the expert meet on toy:dev2:24
@@ -89,7 +102,7 @@ shift_of() { # RUN ITERATION: -log p of the expert's actions at the states that 
 seed() { # SEED ARM...
     for arm in "${@:2}"; do one "$arm" "$1"; done
 }
-export -f loop begin one shift_of seed
+export -f loop begin one make_run shift_of seed
 
 "$PYTHON" 04_eval.py --tasks toy:dev2:24 --student oracle --out "$HOME_OF_RUNS/teacher" --workers 4 --max-turns 10 >/dev/null
 
