@@ -127,6 +127,9 @@ def show(runs: list[Run]) -> None:
     print(f"\nresolved on {on} after each iteration, with 95 % Wilson intervals; chosen: the best of them")
     if tests:
         print(f"test: the chosen iteration on {tests[0]['on']} ({tests[0]['tasks']} tasks)")
+    for name, arm in arms.items():
+        if len(commits := dict.fromkeys(str(found.settings["code"]) for found in arm)) > 1:
+            print(f"{name}: its runs were made by code of {len(commits)} commits, {', '.join(commits)}")
     first, *others = arms
     for other in others:
         try:

@@ -453,6 +453,11 @@ def test_iterations_that_one_run_has_not_are_missing_and_said(tmp_path):
     shown = table(short, long)
     assert [line.split()[-3] for line in shown.splitlines() if line.startswith("SFT")] == ["missing"]
     assert "one run has more iterations than the other, and so more to choose from: seed 0" in shown
+    other = make_run(tmp_path / "other", THREE, seed=1)
+    assert "code of" not in table(long, other)
+    path = other / "iter_002/trajectories.jsonl.manifest.json"
+    path.write_text(path.read_text().replace("c" * 40, "d" * 40))
+    assert "DAgger linear:2: its runs were made by code of 2 commits, ccccccccc, ddddddddd" in table(long, other)
     assert "missing" not in table(long) and metrics.compare([metrics.read(long)], [metrics.read(long)])["uneven"] == []
 
 

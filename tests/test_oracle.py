@@ -10,7 +10,7 @@ from common.errors import InputError
 from common.grading import grade
 from common.sandbox import LocalSandbox
 
-SPLITS = sorted(toy_tasks.SIZES)
+SPLITS = ("train", "train2", "dev", "dev2", "test")  # those of the study are read by the study alone
 
 
 def block(command: str, thought: str = "Let me see.") -> str:
@@ -235,13 +235,13 @@ def survives(split: str, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_survives_junk(seed):
-    survives(SPLITS[seed % 4], seed)
+    survives(SPLITS[seed % len(SPLITS)], seed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1000, 1300))
 def test_survives_much_junk(seed):
-    survives(SPLITS[seed % 4], seed)
+    survives(SPLITS[seed % len(SPLITS)], seed)
 
 
 @pytest.mark.parametrize("kind", toy_tasks.KINDS)
