@@ -99,7 +99,9 @@ def work(args: Args) -> None:
     from common.chat import harmless
     from common.errors import InputError
 
-    stage_tools.check_counts(args, "iteration", "attempts", "workers", "slots", "max_turns", "sample", "limit")
+    stage_tools.check_numbers(args)
+    if args.iteration < 1:
+        raise InputError(f"--iteration must be at least 1, not {args.iteration}")
     if args.beta is not None and args.schedule is not None:
         raise InputError("give --beta or --schedule, not both")
     if (args.mix == "prefix") != (args.prefix_turns is not None):
@@ -152,9 +154,7 @@ def work(args: Args) -> None:
         **{who: policy[who].describe() if who in policy else None for who in schema.ACTORS},
     }
     output = jsonl.Output(args.out, "trajectory", key=lambda r: (r["instance_id"], r["attempt"]))
-    stage = run.Stage(args.out, args, same, overwrite=args.overwrite)
-    if args.overwrite:
-        output.remove()
+    stage = run.Stage(args.out, args, same, overwrite=args.overwrite, outputs=(output,))
     if stage.done and output.finished:
         return stage.say_done()
     output.open(stage.resumed)

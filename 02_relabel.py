@@ -131,7 +131,7 @@ def work(args: Args) -> None:
     from common import actions, cache, cost, jsonl, labels, policies, stage_tools
     from common.errors import InputError
 
-    stage_tools.check_counts(args, "workers", "max_labels")
+    stage_tools.check_numbers(args)
     trajectories = {}
     for path in args.trajectories:
         for record in jsonl.read(path, "trajectory"):
@@ -169,9 +169,7 @@ def work(args: Args) -> None:
         **selection,
     }
     output = jsonl.Output(args.out, "label", key=lambda r: (r["trajectory_id"], r["turn"]))
-    stage = run.Stage(args.out, args, same, overwrite=args.overwrite)
-    if args.overwrite:
-        output.remove()
+    stage = run.Stage(args.out, args, same, overwrite=args.overwrite, outputs=(output,))
     if stage.done and output.finished:
         return stage.say_done()
     output.open(stage.resumed)

@@ -167,7 +167,8 @@ def plan(n: int, batch_size: int, epochs: int, max_steps: int | None, seed: int,
 def work(args: Args) -> None:
     check(args)
     out = Path(args.out)
-    how = ("out", "data", "init_adapter", "overwrite", "dry_run", "save_every", "measure", "label_nll")
+    how = ("out", "data", "init_adapter", "overwrite", "dry_run", "save_every", "measure", "label_nll", "tokens_per_batch",
+           "checkpointing")  # fmt: skip
     same = {name: value for name, value in vars(args).items() if name not in how and (name, value) != ("keep", "all")}
     same["inputs"] = [run.hash_file(Path(directory) / name)
                       for directory in args.data for name in ("trajectories.jsonl", "labels.jsonl")]
@@ -185,6 +186,7 @@ def work(args: Args) -> None:
     # A new output is begun only when its input has proved good: a mistake leaves nothing that the next try runs into.
     begun = (out / "manifest.json").exists() and not args.overwrite and not args.dry_run
     if begun and processes.first:
+        training.lock(out)
         stage = run.Stage(args.out, args, same, directory=True)
     if processes.agree(stage is not None and stage.done):
         if stage:
@@ -200,6 +202,7 @@ def work(args: Args) -> None:
     model, quant = prepare_model(args, longest.longest)
     if processes.first and not args.dry_run:
         if not begun:
+            training.lock(out)
             stage = run.Stage(args.out, args, same, directory=True, overwrite=args.overwrite)
             training.forget(out)
         stage.log.info("%d labels of %d trajectories; %d were longer than --max-context",
@@ -241,6 +244,7 @@ def work(args: Args) -> None:
         stage.before = trained["seconds_before"]
         stage.finish(summary)
         training.forget(out)
+        (out / training.LOCK).unlink()
     processes.close()
 
 
@@ -326,7 +330,13 @@ def train(args: Args, data: list, model, out: Path | None, processes) -> dict:
         begun = time.time()
         samples = [sample for i in chosen for sample in data[i].samples.samples()]
         mine = processes.share(pack(args, samples, attention, processes.size), attention)
-        nll = sum(accumulate(base, batch, offload=args.checkpointing == "offload") for batch in mine)
+        try:
+            nll = sum(accumulate(base, batch, offload=args.checkpointing == "offload") for batch in mine)
+        except RuntimeError as error:
+            if not training.out_of_memory(error):
+                raise
+            raise StageError(f"out of memory in step {number + 1}: lower --tokens-per-batch (it is {args.tokens_per_batch}), "
+                             "or take --checkpointing offload; what was saved goes on") from error  # fmt: skip
         nll, rows = processes.total([nll, sum(training.rows_computed(base, batch) for batch in mine)])
         processes.add_gradients(parameters)
         label_tokens = sum(sample.n_label for sample in samples)

@@ -81,7 +81,7 @@ def work(args: Args) -> None:
     from common import cost, docker_engine, jsonl, official, policies, prompts, sandbox, stage_tools, tasks
     from common.errors import InputError
 
-    stage_tools.check_counts(args, "workers", "slots", "max_turns")
+    stage_tools.check_numbers(args)
     if sum(source is not None for source in (args.student, args.predictions, args.trajectories)) != 1:
         raise InputError("give exactly one of --student, --predictions and --trajectories")
     rows = {row["instance_id"]: row for row in tasks.load(args.tasks, args.limit)}
@@ -125,10 +125,8 @@ def work(args: Args) -> None:
     out = Path(args.out)
     output = jsonl.Output(out / "results.jsonl", "result", key=lambda r: (r["instance_id"], r["trajectory_id"]))
     rollouts = jsonl.Output(out / "trajectories.jsonl", "trajectory", key=lambda r: (r["instance_id"],))
-    stage = run.Stage(args.out, args, same, directory=True, overwrite=args.overwrite)
+    stage = run.Stage(args.out, args, same, directory=True, overwrite=args.overwrite, outputs=(output, rollouts))
     if args.overwrite:
-        output.remove()
-        rollouts.remove()
         official.forget(out / "swebench")
     if stage.done and output.finished:
         return stage.say_done()

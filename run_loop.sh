@@ -42,9 +42,10 @@ SAMPLE=${SAMPLE:-96}                      # tasks per iteration
 SEED=${SEED:-0}
 WORKERS=${WORKERS:-32}                    # trajectories at once
 CONTEXT=${CONTEXT:-2048}                  # tokens of the longest conversation
-AGENT_FLAGS=${AGENT_FLAGS:---max-turns 9} # more flags for 01 and 04
+AGENT_FLAGS=${AGENT_FLAGS:---max-turns 9} # other flags for 01 and 04; yours replace all of these
+KEEP_REASONING=${KEEP_REASONING:-0}       # 1: what a server gives apart as reasoning goes into turns and labels
 LR=${LR:-2e-3}                            # a large student wants less, and larger steps
-TRAIN_FLAGS=${TRAIN_FLAGS:---epochs 2 --batch-size 1}  # more flags for 03; many small steps suit a tiny student
+TRAIN_FLAGS=${TRAIN_FLAGS:---epochs 2 --batch-size 1}  # the same for 03; many small steps suit a tiny student
 TRAIN_GPUS=${TRAIN_GPUS:-1}               # GPUs that train, each with the whole model
 STAGES=${STAGES:-baseline,collect,relabel,train,eval,report,test}  # what is run; the rest is taken as it lies there
 DRY_RUN=${DRY_RUN:-0}                     # 1: print the commands, touch nothing
@@ -54,8 +55,15 @@ bad() { echo "$1" >&2; exit 2; }
 [[ $KEEP =~ ^(all|resolved)$ ]] || bad "KEEP is all or resolved, not $KEEP"
 [[ $LABEL_STATES =~ ^(all|student|uncertain:[0-9.]+)$ ]] || bad "LABEL_STATES is all, student or uncertain:P, not $LABEL_STATES"
 [[ $MAX_LABELS =~ ^([1-9][0-9]*(,[1-9][0-9]*)*)?$ ]] || bad "MAX_LABELS is N, or N1,N2,... for one iteration after the other, not $MAX_LABELS"
+[[ $MIX =~ ^(turn|prefix|teacher|student)$ ]] || bad "MIX is turn, prefix, teacher or student, not $MIX"
+for name in ITERATIONS SAMPLE WORKERS CONTEXT TRAIN_GPUS; do
+    [[ ${!name} =~ ^[1-9][0-9]*$ ]] || bad "$name is a number, 1 or more, not ${!name}"
+done
+[[ $SEED =~ ^(0|[1-9][0-9]*)$ ]] || bad "SEED is a number, 0 or more, not $SEED"
+for name in INLINE KEEP_REASONING DRY_RUN; do [[ ${!name} =~ ^[01]$ ]] || bad "$name is 0 or 1, not ${!name}"; done
 [ "$INLINE" = 0 ] || [ "$KEEP$LABEL_STATES$MAX_LABELS" = allall ] ||
-    bad "INLINE=1 asks for the label of every turn of the student: it does not go with KEEP, LABEL_STATES or MAX_LABELS"
+    bad "INLINE=1 (in PRESET=api-teacher the default) asks for the label of every turn of the student: it does not go with KEEP, LABEL_STATES or MAX_LABELS; INLINE=0 does"
+[[ $STUDENT =~ ^(hf|vllm):. ]] || bad "STUDENT is trained here, so it is hf:MODEL or vllm:MODEL, not $STUDENT"
 [[ $STUDENT != *,adapter=* ]] || bad "STUDENT is the base that every iteration's adapter is for, without an adapter= of its own"
 for name in ${STAGES//,/ }; do
     [[ $name =~ ^(baseline|collect|relabel|train|eval|report|test)$ ]] ||
@@ -66,7 +74,8 @@ if [ "$DRY_RUN" = 1 ]; then PYTHON=.venv/bin/python; else . common/setup.sh; fi
 case $RUN in /*) run=$RUN ;; *) run=runs/$RUN ;; esac
 base=${STUDENT%%,*} model=${base#*:}
 export SWE_DAGGER_KEEPER=$$               # a vllm: server that one stage starts serves the next ones, until we end
-agent=(--workers "$WORKERS" --max-context "$CONTEXT" $AGENT_FLAGS)
+reasoning=(); [ "$KEEP_REASONING" = 0 ] || reasoning=(--keep-reasoning)
+agent=(--workers "$WORKERS" --max-context "$CONTEXT" $AGENT_FLAGS "${reasoning[@]}")
 of_student=(${STUDENT_EXTRA:+--student-extra "$STUDENT_EXTRA"})
 key=(${TEACHER_KEY_ENV:+--teacher-key-env "$TEACHER_KEY_ENV"})
 cost=(${PRICE:+--price "$PRICE"} ${MAX_COST:+--max-cost "$MAX_COST"})
@@ -77,6 +86,7 @@ select=()
 [ "$KEEP" = all ] || select+=(--keep "$KEEP")
 [ "$LABEL_STATES" = all ] || select+=(--label-states "$LABEL_STATES")
 IFS=, read -ra max_labels <<<"$MAX_LABELS"
+quant=(); [[ ! $STUDENT =~ ,quant=([a-z0-9]+) ]] || quant=(--quant "${BASH_REMATCH[1]}")
 torchrun=(); [ "$TRAIN_GPUS" = 1 ] || torchrun=(-m torch.distributed.run --standalone --nproc-per-node "$TRAIN_GPUS")
 
 number() { if [ "$1" = N ]; then echo N; else printf %03d "$1"; fi; }
@@ -85,13 +95,12 @@ student() {                               # as a policy after iteration $1; opti
     if [ "$1" = 0 ]; then echo "$STUDENT"; else
         echo "$base,adapter=$(iter "$1")/adapter${STUDENT#"$base"}"; fi
 }
-collected() {                             # what iteration $1 trains on, and what it starts from
+collected() {                             # into data: what iteration $1 trains on, and what it starts from
     local first=1 j
-    case $AGGREGATE in
-        current) iter "$1"; [ "$1" = 1 ] || echo "--init-adapter $(iter $(($1 - 1)))/adapter"; return ;;
-        window:*) first=$(($1 - ${AGGREGATE#window:} + 1)) ;;
-    esac
-    for ((j = first > 1 ? first : 1; j <= $1; j++)); do iter "$j"; done
+    case $AGGREGATE in current) first=$1 ;; window:*) first=$(($1 - ${AGGREGATE#window:} + 1)) ;; esac
+    data=()
+    for ((j = first > 1 ? first : 1; j <= $1; j++)); do data+=("$(iter "$j")"); done
+    [ "$AGGREGATE" != current ] || [ "$1" = 1 ] || data+=(--init-adapter "$(iter $(($1 - 1)))/adapter")
 }
 at_most() {                               # labels of iteration $1: its own number, or the last one given
     [ -z "$MAX_LABELS" ] || echo "--max-labels ${max_labels[$1 - 1]:-${max_labels[-1]}}"
@@ -117,7 +126,7 @@ for ((i = 1; i <= ITERATIONS; i++)); do
     dir=$(iter "$i")
 
     # 1. Teacher and student take turns on fresh tasks: b_t ~ Bernoulli(beta_i)
-    stage collect "iteration $i: collect" 01_collect.py --tasks "$TASKS" --exclude-tasks "$EVAL_TASKS" $TEST_TASKS \
+    stage collect "iteration $i: collect" 01_collect.py --tasks "$TASKS" --exclude-tasks "$EVAL_TASKS" ${TEST_TASKS:+"$TEST_TASKS"} \
         --sample "$SAMPLE" --iteration "$i" "${mix[@]}" \
         --teacher "$TEACHER" --student "$(student $((i - 1)))" --out "$dir/trajectories.jsonl" \
         "${of_teacher[@]}" "${of_student[@]}" "${inline[@]}" "${agent[@]}"
@@ -129,12 +138,13 @@ for ((i = 1; i <= ITERATIONS; i++)); do
 
     # 2. The teacher's action at every state that was visited
     stage relabel "iteration $i: relabel" 02_relabel.py --trajectories "$dir/trajectories.jsonl" --teacher "$TEACHER" \
-        --out "$dir/labels.jsonl" --workers "$WORKERS" --cache "$run/cache" "${select[@]}" $(at_most "$i") "${of_teacher[@]}"
+        --out "$dir/labels.jsonl" --workers "$WORKERS" --cache "$run/cache" "${select[@]}" $(at_most "$i") "${of_teacher[@]}" "${reasoning[@]}"
 
     # 3. Train the student on the labels that AGGREGATE takes, with the GPUs to itself
     case "$(wanted train && echo "$STUDENT $TEACHER")" in *vllm:*) call -m common.serve stop "$STUDENT" "$TEACHER" ;; esac
-    stage train "iteration $i: train" "${torchrun[@]}" 03_train.py --data $(collected "$i") --model "$model" \
-        --out "$dir/adapter" --max-context "$CONTEXT" --tokens-per-batch "$CONTEXT" --lr "$LR" $TRAIN_FLAGS
+    collected "$i"
+    stage train "iteration $i: train" "${torchrun[@]}" 03_train.py --data "${data[@]}" --model "$model" \
+        --out "$dir/adapter" --max-context "$CONTEXT" --tokens-per-batch "$CONTEXT" --lr "$LR" "${quant[@]}" $TRAIN_FLAGS
 
     # 4. What can it do now?
     stage eval "iteration $i: evaluate" 04_eval.py --tasks "$EVAL_TASKS" --student "$(student "$i")" --iteration "$i" \

@@ -35,8 +35,8 @@ class AgentFlags:
     max_new_tokens: int = 64
     """tokens that one turn may take"""
     time_limit: float = 600.0
-    """seconds of answers and commands after which a trajectory ends as time_limit (waiting for a server's place, another
-    try or a slot does not count)"""
+    """seconds of answers and commands after which a trajectory ends as time_limit (waiting for the model, a place
+    in its batch or at its server, another try or a slot does not count)"""
     command_timeout: float = 20.0
     """seconds that one command may take"""
     slots: int = 2 * (os.cpu_count() or 1)

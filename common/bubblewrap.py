@@ -52,7 +52,8 @@ def interpreter(python: str) -> tuple[list[str], str]:
 def bubblewrap() -> str:
     """Where bubblewrap is. Raises InputError if it is missing or does not work here."""
     how = ("the local sandbox needs bubblewrap: `apt-get install bubblewrap` (or dnf, pacman) and user namespaces; "
-           "or use tasks with a Docker image")
+           "or use tasks with a Docker image. Where Ubuntu's AppArmor keeps user namespaces from you (23.10 and later), "
+           "`sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0` allows them, or a profile for bwrap does")
     path = shutil.which("bwrap")
     if path is None:
         raise InputError(how)

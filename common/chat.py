@@ -5,9 +5,15 @@ A training sample is that prompt, then the label's tokens, then the token that e
 student would have produced had it acted as the teacher did. The label is tokenised by itself, never together with
 the prompt's last characters, because that is how generation sees it.
 
+A template that asks for today's date gets DATE: else a conversation would be rendered otherwise on the day it is trained
+on than on the day it was made. A server has its own calendar; where a template takes one, `date_string` among the
+chat_template_kwargs fixes the date there, too.
+
 What this does not do: it knows no tools and no images, and it does not repair roles that a template refuses.
 """
 
+import datetime
+import functools
 import json
 import os
 import re
@@ -20,6 +26,8 @@ from common.errors import InputError
 # "<|im_end|>", "<|eot_id|>", and the full-width bars of some models. Tokens of other shapes ("</s>", "[INST]") are
 # ordinary text in many programs, so they are touched only where a tokenizer says that they are special.
 SPECIAL_LOOK = r"<[|\uff5c][^\s<>|\uff5c](?:[^<>|\uff5c\n]{0,62}[^\s<>|\uff5c])?[|\uff5c]>"
+
+DATE = datetime.date(2024, 7, 26)  # what Llama's templates print where they know of no clock
 
 THINK = ("<think>", "</think>")  # are kept as they are even where a tokenizer calls them special: labels hold them
 
@@ -176,10 +184,22 @@ def _template(tokenizer: Any, plain: list[dict], template_kwargs: dict | None, *
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(plain, return_dict=False, **how, **(template_kwargs or {}))
+        given = {"strftime_now": _date} | (template_kwargs or {})
+        return tokenizer.apply_chat_template(plain, return_dict=False, **how, **given)
     except TemplateError as error:
         roles = " ".join(m["role"] for m in plain)
         raise InputError(f"the chat template refuses this conversation ({error}); its roles: {roles}") from error
+
+
+def _date(form: str) -> str:
+    _say_date()
+    return DATE.strftime(form)
+
+
+@functools.cache
+def _say_date() -> None:
+    print(f"the chat template prints today's date: here that is always {DATE}, so that a conversation is the same tokens on "
+          "every day (a server prints its own: common/chat.py says what helps)", file=sys.stderr)  # fmt: skip
 
 
 def _until_special(tokenizer: Any, tail: list[int]) -> list[int]:

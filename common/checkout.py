@@ -79,10 +79,12 @@ class Checkout:
         return self.compare(self.base, self.read())
 
     def compare(self, old: Files, new: Files) -> str:
-        """The patch between two states."""
-        if old == new:
-            return ""
+        """The patch between two states. A link to a name that is not UTF-8 is no part of it: git has no form for that."""
         changed = sorted({p for p in old.keys() | new.keys() if old.get(p) != new.get(p)})
+        changed = [p for p in changed if all(
+            _is_text(self.blob(f[p][1])) for f in (old, new) if p in f and f[p][0] == "120000")]  # fmt: skip
+        if not changed:
+            return ""
         binary = [path for path in changed if not all(
             _is_text(self.blob(f[path][1])) for f in (old, new) if path in f and f[path][0] != "160000")]
         environment = {}
@@ -212,7 +214,11 @@ def walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:
                 if path.count("/") < DEEPEST:
                     folders.append(path)
             elif entry.is_symlink() or entry.is_file(follow_symlinks=False):
-                yield path, entry.stat(follow_symlinks=False)
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except OSError:  # a path too long for the system to name
+                    continue
+                yield path, status
 
 
 def _scan(path: str) -> list[os.DirEntry]:

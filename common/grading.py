@@ -184,7 +184,10 @@ def apply_patch(row: dict, checkout: Checkout, patch: str) -> Files:
             path = other.folder / "tmp" / "tmp" / "agent.patch"
             path.write_bytes(os.fsencode(patch))
             path.chmod(0o644)
-            if other.run("patch --batch --fuzz=5 -p1 --no-backup-if-mismatch -i /tmp/agent.patch").exit_code:
+            code = other.run("patch --batch --fuzz=5 -p1 --no-backup-if-mismatch -i /tmp/agent.patch").exit_code
+            if code == 127:
+                raise InputError("grading needs the program `patch`, for patches that git does not take: install it") from None
+            if code:
                 raise
             fuzzy = other.checkout.read()
             for mode, blob in fuzzy.values():
@@ -269,7 +272,7 @@ def _section(checkout: Checkout, files: Files, path: str, name: str):
         text = data.decode("utf-8-sig")
         if path.endswith(".toml"):
             return tomllib.loads(text).get("tool", {}).get(name)
-    except ValueError:
+    except (ValueError, AttributeError, RecursionError):  # no TOML, no table, nested too deep
         return data
     import iniconfig  # what pytest itself reads these files with: lines may end in more ways than one
 
@@ -324,6 +327,7 @@ def run_tests(sandbox: LocalSandbox, tests: dict[str, list[str]], files: Files, 
     report.mkdir(parents=True)
     shutil.copyfile(Path(__file__).with_name("pytest_report.py"), folder / "pytest_report.py")
     (folder / "pytest_report.py").chmod(0o644)
+    sandbox.meter.folders.append(report)  # the tests can write there
     secret = secrets.token_hex(32)
     roots = ["", *(root + "/" for root in _python_path(sandbox.row, inside=True))]
     (report / "settings.json").write_text(json.dumps({
@@ -407,7 +411,11 @@ def _run_printing(sandbox: LocalSandbox, parser: str, command: str, names: list[
     log.append(f"$ {command} {arguments}")
     result = sandbox.execute(f"{command} {arguments}", timeout=timeout, output_limit=20_000_000)
     log += _printed(result, timeout)
-    outcomes = dict(PARSER_REGISTRY[parser](result.output, None))
+    try:
+        outcomes = dict(PARSER_REGISTRY[parser](result.output, None))
+    except Exception as error:  # noqa: BLE001  what a program prints is anything, and they were not made for that
+        log.append(f"{parser} cannot read this: {type(error).__name__}: {error}")
+        return {}
     if result.exit_code and not {"FAILED", "ERROR"} & set(outcomes.values()):
         return {}  # as swebench: what was printed is not what happened
     return outcomes

@@ -39,6 +39,7 @@ class Generated:
     reused: int  # prompt tokens whose keys and values were at hand
     logprob: float | None  # mean over generated tokens, the stopping one included, at temperature 1
     tokens_out: int  # generated tokens, the stopping one included
+    seconds: float  # since it had its place in the batch
 
 
 @dataclass
@@ -50,6 +51,7 @@ class _Request:
     generator: Any
     future: Future = field(default_factory=Future)
     reused: int = 0
+    admitted: float = 0.0  # on the monotonic clock
     logprobs: list[float] = field(default_factory=list)
 
 
@@ -137,18 +139,19 @@ class Engine:
                     self.spent["seconds"] += time.monotonic() - started
             raise InfraError("the model was closed")
         except BaseException as error:  # noqa: BLE001  whoever waits must hear of it, whatever it is
-            if type(error).__name__ == "OutOfMemoryError":
+            once = type(error).__name__ == "OutOfMemoryError"  # then the next question loads the model anew
+            if once:
                 error = InfraError(f"{self.spec[0]}: out of GPU memory; use fewer --workers or a smaller --max-context")
-            with self.lock:
-                self.broken = error
-            left = self.waiting + [row.request for row in self.rows if row.request]
-            while not self.inbox.empty():
-                left.append(self.inbox.get())
+            with self.lock:  # nobody asks meanwhile
+                left = self.waiting + [row.request for row in self.rows if row.request]
+                while not self.inbox.empty():
+                    left.append(self.inbox.get())
+                self.rows, self.waiting = [], []
+                self.model = self.store = None
+                self.thread, self.broken = (None, self.broken) if once else (self.thread, error)
             for request in left:
                 if isinstance(request, _Request):
                     request.future.set_exception(error)
-            self.rows, self.waiting = [], []
-            self.model = self.store = None
 
     def _load(self) -> None:
         import torch
@@ -210,8 +213,13 @@ class Engine:
     def _admit(self) -> None:
         """Gives waiting requests their rows: the episode's own, a free one, or the one idle for longest."""
         for request in list(self.waiting):
-            if not self._reserve(request):
-                break
+            try:
+                if not self._reserve(request):
+                    break
+            except InfraError as error:  # of this one alone
+                self.waiting.remove(request)
+                request.future.set_exception(error)
+                continue
             row = next((r for r in self.rows if r.episode == request.episode), None)
             if row is None:
                 idle = [r for r in self.rows if r.request is None]
@@ -222,7 +230,7 @@ class Engine:
             shared = _common_prefix(row.tokens, request.ids) if row.episode == request.episode else 0
             request.reused = min(shared, request.prompt - 1)  # the last token is needed for its logits
             row.tokens = request.ids[: request.reused]
-            row.episode, row.request = request.episode, request
+            row.episode, row.request, request.admitted = request.episode, request, time.monotonic()
 
     def _reserve(self, request: _Request) -> bool:
         """Makes the store wide enough for `request`, with fewer rows if memory says so. False: it has to wait."""
@@ -320,7 +328,8 @@ class Engine:
                 row.request = None
                 request.future.set_result(Generated(
                     request.ids[request.prompt :], stopped, request.reused,
-                    sum(request.logprobs) / len(request.logprobs), len(request.logprobs)))
+                    sum(request.logprobs) / len(request.logprobs), len(request.logprobs),
+                    time.monotonic() - request.admitted))
 
 
 def _sample(logits, temperature: float, top_p: float, generators: list) -> tuple[list[int], list[float]]:

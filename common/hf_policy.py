@@ -3,7 +3,6 @@
 import hashlib
 import re
 import threading
-import time
 from pathlib import Path
 
 from common import models
@@ -57,7 +56,6 @@ class HfPolicy(Plain):
     def act(self, row: dict, messages: list[dict], *, seed: int, episode: str, turn: int, attempt: int) -> Answer:
         from common import chat
 
-        started = time.monotonic()
         with self.lock:
             self._open()
             ids = chat.render(self.tokenizer, messages, self.template_kwargs)
@@ -71,7 +69,7 @@ class HfPolicy(Plain):
         with self.lock:
             text = chat.text_of(self.tokenizer, said)
         return Answer(text, "stop" if made.stopped else "length", len(ids), made.reused, made.tokens_out,
-                      time.monotonic() - started, made.logprob)  # fmt: skip
+                      made.seconds, made.logprob)  # fmt: skip
 
     def count(self, text: str) -> int:
         with self.lock:

@@ -91,7 +91,7 @@ class Images:
         for attempt in range(TRIES):
             try:
                 with PULLS:
-                    found = self.client.images.pull(image)
+                    found = self._pull_once(image)
                 with contextlib.suppress(OSError):  # then it stays when room is made
                     self.pulled.parent.mkdir(parents=True, exist_ok=True)
                     with open(self.pulled, "a", encoding="utf-8") as names:
@@ -105,6 +105,17 @@ class Images:
                 if attempt == TRIES - 1:
                     raise InfraError(f"{who}: cannot pull {image}: {why}") from None
             time.sleep(min(30.0, 2**attempt) * random.uniform(0.5, 1.0))
+
+    def _pull_once(self, image: str):
+        """As client.images.pull, which says nothing of an error that comes after the pull began."""
+        from docker.errors import APIError
+        from docker.utils import parse_repository_tag
+
+        repository, tag = parse_repository_tag(image)
+        for event in self.client.api.pull(repository, tag=tag or "latest", stream=True, decode=True):
+            if "error" in event:
+                raise APIError(event["error"])
+        return self.client.images.get(image)
 
     def free(self) -> int | None:
         """Bytes free where the engine keeps its images; None if that is not on this machine."""

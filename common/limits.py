@@ -125,6 +125,7 @@ class DiskMeter:
 
     def over(self) -> bool:
         free = self._free()
+        self.free = tuple(map(max, self.free, free))  # what others give back is no room of ours
         if self.free[0] - free[0] < self.limit // 16 and self.free[1] - free[1] < 10_000:
             return False
         self.free, before = free, self.used

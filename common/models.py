@@ -91,11 +91,14 @@ def load_adapter(base: Any, model: str, adapter: str, trainable: bool = False) -
 
 
 def trained_on(adapter: str | None) -> str:
-    """nf4 or none: the quantisation of the base that 03_train.py trained `adapter` on, as its manifest says."""
-    try:
-        return json.loads((Path(adapter) / "manifest.json").read_text())["summary"]["quant"] if adapter else "none"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "none"  # an adapter from elsewhere: quant= says it
+    """nf4 or none: the quantisation of the base that 03_train.py trained `adapter` on, as its manifest says, or that of
+    common/export.py, which lies beside the directory."""
+    for manifest in (Path(adapter) / "manifest.json", Path(f"{adapter.rstrip('/')}.manifest.json")) if adapter else ():
+        try:
+            return json.loads(manifest.read_text())["summary"]["quant"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return "none"  # an adapter from elsewhere: quant= says it
 
 
 def _not_loaded(model: str, error: Exception) -> str:

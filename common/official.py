@@ -49,7 +49,6 @@ from common.repositories import ADDED
 TIMEOUT = 1800.0  # seconds for the tests of one patch, the harness's own default
 TRIES = 3  # for a log that is not whole
 MODEL = "model"  # the harness files a prediction under the model's name; it decides nothing else
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # instance ids become parts of paths and of containers' names
 STAMP = r"^\d{4}-\d\d-\d\d [\d:,]+ - [A-Z]+ - "  # of the harness's log; what a patch or a test printed cannot begin so
 NOT_APPLIED = re.compile(STAMP + r">>>>> Patch Apply Failed", re.M)
 WHY = re.compile(STAMP + r"Error (?:creating container for|in evaluating model for) [^\n]*?: ([^\n]+)", re.M)
@@ -76,9 +75,6 @@ def choose(rows: list[dict], grader: str) -> dict[str, str]:
         if missing:
             raise InputError(f"{row['instance_id']}: no {', '.join(missing)}, which the official harness needs"
                              + ("" if row.get("local") else ", and no `local` to grade it here"))
-        if not NAME.fullmatch(row["instance_id"]):
-            raise InputError(f"{row['instance_id']!r}: an instance_id that is graded in a container may have letters, "
-                             "digits and _ . - only")
     if official:
         from swebench.harness import constants, log_parsers  # late: it takes seconds
         for row in official:

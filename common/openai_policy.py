@@ -18,6 +18,7 @@ import difflib
 import email.utils
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -131,9 +132,7 @@ class OpenAIPolicy(Plain):
                     answer.seconds = time.monotonic() - begun
                     return answer
                 except _Again as again:
-                    wait = again.after
-                    if wait is None:
-                        wait = BACKOFF * 2 ** (number - 1) * jitter.uniform(0.75, 1.25)
+                    wait = max(again.after or 0.0, BACKOFF * 2 ** (number - 1) * jitter.uniform(0.75, 1.25))
                     if number == TRIES or time.monotonic() - started + wait > WINDOW:
                         raise InfraError(f"{self.name} at {self.url}: given up after {number} tries in "
                                          f"{time.monotonic() - started:.0f} s: {again}") from None  # fmt: skip
@@ -200,12 +199,14 @@ class OpenAIPolicy(Plain):
             message, finish = choice["message"], choice.get("finish_reason")
             content, usage = message.get("content") or "", reply.get("usage") or {}
             logprobs = [token["logprob"] for token in (choice.get("logprobs") or {}).get("content") or []]
+            if not all(isinstance(number, int | float) and math.isfinite(number) for number in logprobs):
+                logprobs = []  # of an answer with a token that has none, nothing is known
             cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
         except (TypeError, KeyError, IndexError, AttributeError):
             raise _Again(f"not an answer: {str(reply)[:200]}") from None
         if not isinstance(content, str):
             raise InputError(f"{self.name} at {self.url}: the content of an answer is no text: {str(content)[:200]}")
-        if finish in ("abort", "error"):  # the server broke off
+        if finish in ("abort", "error", "insufficient_system_resource"):  # the server broke off
             raise _Again(f"finish_reason {finish}")
         tokens_in = usage.get("prompt_tokens")
         longest = (tokens_in or 0) + max(usage.get("completion_tokens") or 0, 1)  # 03_train.py would leave out more than that
@@ -218,7 +219,7 @@ class OpenAIPolicy(Plain):
             content, reasoning = rejoin(reasoning, content, finish), None
         return Answer(
             text=content.encode(errors="replace").decode(),  # half an emoji is valid JSON and no valid text
-            finish_reason=finish if finish in ("length", "content_filter") else "stop",
+            finish_reason="length" if finish in CUT_OFF else finish if finish == "content_filter" else "stop",
             tokens_in=tokens_in,
             tokens_cached=cached,
             tokens_out=usage.get("completion_tokens"),
@@ -271,6 +272,7 @@ CONTEXT_WORDS = re.compile(
     r"|prompt_tokens \(\d+\) must be less",
     re.IGNORECASE,
 )
+CUT_OFF = ("length", "max_tokens", "MAX_TOKENS", "max_output_tokens", "model_length")  # of gateways, too
 FILTER_WORDS = re.compile(r"content_filter|content management policy|was flagged", re.IGNORECASE)
 
 _starting = threading.Lock()
@@ -311,7 +313,8 @@ def _words(body: object) -> str:
     error = body.get("error", body) if isinstance(body, dict) else body
     if isinstance(error, dict):
         said = [str(error[name]) for name in ("message", "type", "code") if error.get(name)]
-        raw = (error.get("metadata") or {}).get("raw")  # OpenRouter: the words of the server behind it
+        metadata = error.get("metadata")
+        raw = metadata.get("raw") if isinstance(metadata, dict) else metadata  # OpenRouter: the words of the server behind it
         error = " ".join(said + [str(raw)] * bool(raw)) or json.dumps(error)
     return " ".join(str(error or "").split())[:600]
 

@@ -219,7 +219,10 @@ class ReplayPolicy(Plain):
             if not isinstance(key[0], str) or not isinstance(key[1], int | None):
                 raise InputError(f"{where}: needs an instance_id (a text; an attempt, if there is one, is a number)")
             if "messages" in record:
-                said = [m for m in record["messages"] if m["role"] == "assistant"]
+                told = record["messages"] if isinstance(record["messages"], list) else [None]
+                if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in told):
+                    raise InputError(f"{where}: {key[0]}: `messages` must be a list of objects with a role and a content")
+                said = [m for m in told if m.get("role") == "assistant"]
                 turns = [(m["content"], m.get("finish_reason", "stop")) for m in said]
             else:
                 turns = record.get("turns")

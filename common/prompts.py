@@ -40,7 +40,7 @@ def opening(row: dict) -> list[dict]:
 
 
 def _pick(row: dict) -> tuple[str, str]:
-    name = row.get("prompt", "swe")
+    name = row.get("prompt") or "swe"
     if name not in PROMPTS:
         raise InputError(f"{row['instance_id']}: field 'prompt' is {name!r}, none of {', '.join(PROMPTS)}")
     return PROMPTS[name]

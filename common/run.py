@@ -169,9 +169,11 @@ class Stage:
 
     `same` holds what makes it the same work: if the output was started with other values, this raises InputError that
     names the first difference. What only says how (workers, keys, addresses) does not belong in it.
+    outputs: the jsonl.Output files of this work. With `overwrite` they are removed before the manifest changes; without,
+    one that is there though there is no manifest is somebody else's, and an InputError.
     """
 
-    def __init__(self, out: str, args, same: dict, *, directory: bool = False, overwrite: bool = False):
+    def __init__(self, out: str, args, same: dict, *, directory: bool = False, overwrite: bool = False, outputs: tuple = ()):
         self.out = Path(out)
         self.args = args
         self.manifest_path = self.out / "manifest.json" if directory else Path(f"{out}.manifest.json")
@@ -183,8 +185,14 @@ class Stage:
         self.manifest = {}
         self.resumed = self.manifest_path.exists() and not overwrite
         if self.resumed:
-            self.manifest = json.loads(self.manifest_path.read_text())
+            self.manifest = _read_manifest(self.manifest_path)
             self._refuse_other_work(json.loads(json.dumps(same)))
+        for output in outputs:
+            if overwrite:
+                output.remove()
+            elif output.finished and not self.resumed:
+                raise InputError(f"{output.path} is there, and {self.manifest_path}, which would say how it was made, is not: "
+                                 "give another --out, or --overwrite to lose it")  # fmt: skip
         self.done = bool(self.manifest.get("finished"))
         self.began = self.noted = time.time()
         self.before = self.manifest.get("seconds", 0.0)  # that earlier calls took for this work
@@ -244,7 +252,7 @@ class Stage:
     def finished(cls, out: str, args) -> "Stage":
         """The finished output directory `out`, whatever work it was. Raises InputError if it is not finished."""
         path = Path(out) / "manifest.json"
-        manifest = json.loads(path.read_text()) if path.is_file() else {}
+        manifest = _read_manifest(path) if path.is_file() else {}
         if not manifest.get("finished"):
             raise InputError(f"{out}: not a finished output; the command that started it goes on with it")
         return cls(out, args, manifest["same"], directory=True)
@@ -263,6 +271,16 @@ class Stage:
 
     def _write(self) -> None:
         jsonl.write_atomically(self.manifest_path, json.dumps(self.manifest, indent=1) + "\n")
+
+
+def _read_manifest(path: Path) -> dict:
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict):
+        raise InputError(f"{path}: damaged, no JSON object; --overwrite starts the work again")
+    return manifest
 
 
 def finite(value: object) -> object:

@@ -193,7 +193,7 @@ class LocalSandbox:
             with contextlib.ExitStack() as stack:
                 job = self._spawn(command_bytes, mounts, environment or self.environment, stack)
                 self._follow(job, output, started + timeout)
-        except OSError as error:
+        except (OSError, subprocess.TimeoutExpired) as error:
             raise InfraError(f"{self.row['instance_id']}: the sandbox broke: {error}") from error
         text = output.text()
         if job.killed is None and job.exit_code is None:
@@ -281,7 +281,7 @@ class LocalSandbox:
 
     def _limits(self) -> list[str]:
         """The commands before bash that set its limits, and as root its user."""
-        limits = {"core": 0, "fsize": self.disk // 2, "data": 4 * self.memory, "nofile": 4096}
+        limits = {"core": 0, "fsize": self.disk // 2, "data": 4 * self.memory, "nofile": 1024}
         if self.uid is not None or _kernel() >= (5, 14):
             limits["nproc"] = self.processes
         argv = ["prlimit"]

@@ -4,9 +4,12 @@ A record is a plain dict. Each type below is a table: field -> (allowed types, r
 name are allowed, so that an ablation can carry something along. `schema` is the version of the record type.
 """
 
+import re
+
 from common.errors import InputError
 
 VERSION = 1
+ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # ids become parts of paths and of containers' names
 
 _TEXT = (str,)
 _INT = (int,)
@@ -29,6 +32,7 @@ TASK = {
     "log_parser": (_TEXT + _NONE, False),
     "eval_type": (_TEXT + _NONE, False),
     "eval_script": (_TEXT + _NONE, False),
+    "prompt": (_TEXT + _NONE, False),
 }
 TRAJECTORY = {
     "schema": (_INT, True),
@@ -133,6 +137,10 @@ def check(record: dict, kind: str, where: str) -> dict:
             f"{where}: {kind} has schema version {record['schema']}, this code reads version {VERSION}: "
             "make the file again with the script that wrote it"
         )
+    for name in ("instance_id", "trajectory_id"):
+        if name in TYPES[kind] and record[name] is not None and not ID.fullmatch(record[name]):
+            raise InputError(f"{where}: {name} {record[name]!r}: it may have letters, digits and _ . - only, for files are "
+                             "named after it")  # fmt: skip
     if kind == "trajectory":
         _check_trajectory(record, where)
     if kind == "label" and record["source"] not in SOURCES:

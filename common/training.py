@@ -8,6 +8,7 @@ not see each other.
 """
 
 import contextlib
+import fcntl
 import gc
 import json
 import os
@@ -22,6 +23,7 @@ import numpy as np
 from common import linears, models, prefix_tree
 from common.errors import InputError
 
+LOCK = ".lock"  # in an adapter's directory, while it is trained
 FLEX_BLOCK = 128
 DENSE_ATTENTION = 1.5  # how much longer a FLOP of attention takes than one of a linear layer, on CPU
 
@@ -123,8 +125,8 @@ def _attend(module, query, key, value, attention_mask, scaling=None, **rest):
     import torch
 
     if rest.get("softcap") or rest.get("s_aux") is not None:
-        raise InputError("this model's attention has soft caps or sinks, which the prefix tree does not know: take "
-                         "--packing per-turn")
+        raise InputError("this model's attention has soft caps or sinks, which 03_train does not know how to do; take "
+                         "another model")
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -149,6 +151,10 @@ def add_lora(base: Any, model: str, init_adapter: str | None, rank: int, alpha: 
         peft_model = get_peft_model(base, config)
     else:
         peft_model = models.load_adapter(base, model, init_adapter, trainable=True)
+        had = peft_model.peft_config["default"]
+        if (had.r, had.lora_alpha) != (rank, alpha):
+            raise InputError(f"{init_adapter} has rank {had.r} and alpha {had.lora_alpha}, and goes on so: give --lora-rank "
+                             f"{had.r} --lora-alpha {had.lora_alpha}")  # fmt: skip
     # As given on the command line, so that an adapter says the same on every machine.
     peft_model.peft_config["default"].base_model_name_or_path = model
     linears.pack_linears(getattr(base, base.base_model_prefix), backward=True)
@@ -161,6 +167,9 @@ def _linear_layers(base: Any) -> list[str]:
 
     transformer = getattr(base, base.base_model_prefix)
     linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    if any(parameter.dim() > 2 for parameter in transformer.parameters()):
+        print("this model has weights that are no linear layers (experts of a mixture): LoRA leaves them as they are",
+              file=sys.stderr)  # fmt: skip
     return sorted({name.rpartition(".")[2] for name in linear})
 
 
@@ -255,6 +264,11 @@ def probe(base: Any, tree: bool, longest: int) -> None:
     """
     import torch
 
+    text = base.config.get_text_config()
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):  # torch's attention passes over the first, unsaid
+        if getattr(text, name, None):
+            raise InputError(f"the {base.config.model_type} architecture has {name}, which 03_train does not know how to do; "
+                             "take another model")  # fmt: skip
     reach = models.fixed_positions(base.config)
     if reach and longest > reach:
         raise InputError(
@@ -377,6 +391,16 @@ def load_state(out: Path, parameters: list, optimiser: Any) -> dict | None:
             parameter.copy_(weight)
     optimiser.load_state_dict(state["optimiser"])
     return state["count"]
+
+
+def lock(out: Path) -> None:
+    """Keep other processes from training in the directory while this one lives. Raises InputError if one is at work there."""
+    out.mkdir(parents=True, exist_ok=True)
+    held = os.open(out / LOCK, os.O_RDWR | os.O_CREAT)  # never closed
+    try:
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(f"{out}: another process is training there; wait for it or give another --out") from None
 
 
 def forget(out: Path) -> None:

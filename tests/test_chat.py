@@ -223,3 +223,12 @@ def test_what_was_generated_keeps_its_thought_and_loses_other_special_tokens():
     ids = tokenizer("<think>\nhm\n</think>\nls<|im_end|>", add_special_tokens=False)["input_ids"]
     assert tokenizer.convert_tokens_to_ids("<think>") in ids
     assert chat.text_of(tokenizer, ids) == "<think>\nhm\n</think>\nls"
+
+
+def test_today_is_the_same_day_for_acting_and_for_training(capsys):
+    tokenizer = tiny.tokenizer("chatml")
+    tokenizer.chat_template = "{{ 'Today: ' + strftime_now('%d %b %Y') }}" + tokenizer.chat_template
+    ids = chat.render(tokenizer, [{"role": "user", "content": "a"}])
+    assert "26 Jul 2024" in tokenizer.decode(ids) and "prints today's date" in capsys.readouterr().err
+    ((sample, n_prompt),) = chat.samples(tokenizer, [{"role": "user", "content": "a"}], [(1, "b")])
+    assert sample[:n_prompt].tolist() == ids

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from common import grading
 from common.errors import InputError
 from common.grading import DEFAULT_TEST_COMMAND, PYTEST, grade, steers
 from common.sandbox import LocalSandbox
@@ -242,6 +243,25 @@ def test_conftest():
 ])
 def test_configuration(path, text):
     gains_nothing({path: text, "evil.py": PASS_ALL}, tampered=True)
+
+
+@pytest.mark.parametrize("text", ["tool = 1\n", "tool = [1]\n", "x = " + "[" * 5000 + "\n", "[tool]\npytest = 3\n"])
+def test_configuration_that_is_none(text):
+    """An odd file is the patch's own trouble, and never the end of a stage."""
+    assert outcome(grade(ROW, patch_of({"calc.py": RIGHT, "pyproject.toml": text})))[:3] == (True, 0, 0)
+
+
+def test_a_parser_that_cannot_read_what_is_printed():
+    row = ROW | {"local": {"source": FILES, "test_cmd": "python -c 'print(\"FAIL:\")'", "log_parser": "parse_log_django"}}
+    result = grade(row, GOLD)
+    assert not result["resolved"] and "parse_log_django cannot read this: IndexError" in result["log"]
+
+
+def test_what_tests_write_beside_their_report_counts(monkeypatch):
+    monkeypatch.setattr(grading, "LocalSandbox", lambda row, **more: LocalSandbox(row, disk=30 << 20, **more))
+    fill = "for n in range(100):\n    open(f'/run/grading/report/{n}', 'wb').write(bytes(10 << 20)); __import__('time').sleep(0.02)\n"
+    result = grade(ROW, patch_of({"calc.py": fill + RIGHT}))
+    assert not result["resolved"] and "killed: too much written" in result["log"]
 
 
 def test_the_rest_of_a_configuration_file_is_the_patchs_own():

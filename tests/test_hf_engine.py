@@ -4,6 +4,7 @@ Tiny random models in float32; every number here would catch a wrong position, a
 """
 
 import threading
+import time
 
 import pytest
 import tiny
@@ -154,6 +155,46 @@ def test_little_memory_means_fewer_rows(tmp_path):
         assert whole(made, machine.stop, expected) == expected
     with pytest.raises(InfraError, match="max-context"):
         machine.generate(list(range(20, 300)) * 4, limit=9, seed=0, episode="big")
+    machine.close()
+
+
+def test_what_fits_nowhere_fails_alone(tmp_path, monkeypatch):
+    """A conversation that memory has no room for, and one time without memory, cost those who asked, and nobody else."""
+    path, asked = tiny.model_dir(tmp_path), prompts(3)
+    machine = engine(path)
+    machine.generate(asked[1], limit=4, seed=1, episode="d")
+    room = 2 * machine.token_bytes * hf_engine.COLUMNS * 2  # half of it is used: two rows of COLUMNS, or one of twice as many
+    monkeypatch.setattr(hf_engine, "_available_memory", lambda: room)
+    machine = engine(path, rows=2)
+    big, small = ask_all(machine, [asked[0] * 40, asked[1]], [4, 4])
+    assert isinstance(big, InfraError) and "no memory for a conversation of" in str(big)
+    assert len(small.ids) == 4
+    step, failed = hf_engine.Engine._step, []
+
+    def once(self):
+        if not failed:
+            failed.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        step(self)
+
+    monkeypatch.setattr(hf_engine.Engine, "_step", once)
+    with pytest.raises(InfraError, match="out of GPU memory"):
+        machine.generate(asked[2], limit=4, seed=0, episode="c")
+    assert machine.generate(asked[1], limit=4, seed=1, episode="d").ids == small.ids
+    machine.close()
+    with pytest.raises(InfraError, match="closed"):
+        machine.generate(asked[2], limit=4, seed=0, episode="e")
+
+
+def test_seconds_begin_with_a_place_in_the_batch(tmp_path, monkeypatch):
+    """Loading the model and waiting for the one row are no time of an episode."""
+    path, load = tiny.model_dir(tmp_path), hf_engine.load_model
+    monkeypatch.setattr(hf_engine, "load_model", lambda *spec: (time.sleep(1), load(*spec))[1])
+    machine = engine(path, rows=1)
+    began = time.monotonic()
+    made = ask_all(machine, prompts(4), [40] * 4)
+    spent = time.monotonic() - began - 1
+    assert all(one.seconds > 0 for one in made) and sum(one.seconds for one in made) <= spent * 1.01
     machine.close()
 
 

@@ -118,6 +118,32 @@ def test_trouble_that_passes(serve, monkeypatch, trouble):
     assert len(server.requests) == 3
 
 
+@pytest.mark.parametrize("finish, known", [("max_tokens", "length"), ("MAX_TOKENS", "length"), ("model_length", "length"),
+                                           ("content_filter", "content_filter"), ("end_turn", "stop"), (None, "stop")])  # fmt: skip
+def test_how_gateways_say_that_an_answer_was_cut_off(serve, finish, known):
+    _, policy = serve(good("hello", finish))
+    assert act(policy).finish_reason == known
+
+
+def test_a_server_that_broke_off_is_asked_again(serve):
+    server, policy = serve(good("hel", "insufficient_system_resource"), good("hello"))
+    assert act(policy).text == "hello" and len(server.requests) == 2
+
+
+@pytest.mark.parametrize("bad", [None, float("-inf"), "x"])
+def test_of_a_token_without_a_log_probability_nothing_is_known(serve, bad):
+    status, headers, body = good("hello")
+    body["choices"][0]["logprobs"]["content"][1]["logprob"] = bad
+    _, policy = serve((status, headers, body))
+    assert act(policy).logprob is None
+
+
+def test_words_of_a_gateway_whose_metadata_is_a_text(serve):
+    _, policy = serve((400, {}, {"error": {"message": "no", "metadata": "the model is on holiday"}}))
+    with pytest.raises(InputError, match="HTTP 400: no the model is on holiday"):
+        act(policy)
+
+
 def test_trouble_that_stays(serve):
     server, policy = serve(refuse(500, "the engine is dead"))
     with pytest.raises(InfraError, match="given up after 5 tries .*the engine is dead"):
@@ -146,6 +172,11 @@ def test_retry_after_in_seconds_and_as_a_date(serve):
     server, policy = serve(refuse(429, "slow down", headers={"retry-after": "0.4"}), good("hello"))
     act(policy)
     assert 0.4 <= server.times[1] - server.times[0] < 2
+    server, policy = serve(refuse(429, "slow down", headers={"retry-after": "0"}))  # that would be no waiting at all
+    openai_policy.BACKOFF = 0.04
+    with pytest.raises(InfraError):
+        act(policy)
+    assert server.times[-1] - server.times[0] > 0.75 * 0.04 * (1 + 2 + 4 + 8)
     date = email.utils.formatdate(time.time() + 2, usegmt=True)  # whole seconds: 1 to 2 from now
     server, policy = serve(refuse(503, "loading", headers={"retry-after": date}), good("hello"))
     act(policy)

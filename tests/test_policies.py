@@ -91,6 +91,8 @@ def test_replay_of_a_trajectory(tmp_path):
         ('{"instance_id": "a", "turns": "one"}\n', ":1: a: needs `turns`"),
         ('{"instance_id": "a"}\n', ":1: a: needs `turns`"),
         ('{"turns": ["one"]}\n', ":1: needs an instance_id"),
+        ('{"instance_id": "a", "messages": 3}\n', ":1: a: `messages` must be a list of objects"),
+        ('{"instance_id": "a", "messages": [{"role": "assistant"}]}\n', ":1: a: `messages` must be a list of objects"),
         ('{"instance_id": "a", "turns": []}\n{"instance_id"', ":2: not a JSON object"),
         ('{"instance_id": "a", "turns": []}\n' * 2, ":2: a, attempt None, is there twice"),
     ],

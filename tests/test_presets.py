@@ -209,8 +209,18 @@ def test_a_dry_run_touches_nothing(home, preset):
     assert sorted(home.rglob("*")) == before
 
 
+def test_reasoning_and_quantisation_reach_every_script():
+    text = dry("laptop", ITERATIONS="1", KEEP_REASONING="1", STUDENT="hf:MODEL,quant=nf4")
+    for words in commands(text):
+        if words[0][:3] in ("01_", "02_", "04_"):
+            assert "--keep-reasoning" in words
+        elif words[0] == "03_train.py":
+            assert words[words.index("--quant") + 1] == "nf4"
+
+
 @pytest.mark.parametrize("preset, knobs", [
-    ("laptop", {}), ("laptop", {"RUN": "/tmp/mine", "AGGREGATE": "union"}), ("paper-8b", {}), ("api-teacher", {})])
+    ("laptop", {}), ("laptop", {"RUN": "/tmp/my runs/one", "AGGREGATE": "union", "TEST_TASKS": "my tasks.jsonl"}),
+    ("laptop", {"RUN": "a b"}), ("paper-8b", {}), ("api-teacher", {})])
 def test_a_dry_run_prints_what_the_loop_runs(home, preset, knobs):
     """The loop with an interpreter that only writes down its arguments, and says that iteration 2 was best."""
     python = home / "python"
@@ -232,7 +242,12 @@ def test_mistakes_are_refused_before_anything_is_done(home):
                          ({"KEEP": "best"}, "KEEP is all or resolved, not best"),
                          ({"STAGES": "collect,grade"}, "and grade is none of them"),
                          ({"STUDENT": "hf:m,adapter=a"}, "without an adapter= of its own"),
-                         ({"INLINE": "1", "MAX_LABELS": "9"}, "it does not go with KEEP")):  # fmt: skip
+                         ({"INLINE": "1", "MAX_LABELS": "9"}, "it does not go with KEEP"),
+                         ({"MIX": "dagger"}, "MIX is turn, prefix, teacher or student, not dagger"),
+                         ({"ITERATIONS": "08"}, "ITERATIONS is a number, 1 or more, not 08"),
+                         ({"SAMPLE": "many"}, "SAMPLE is a number"), ({"SEED": "-1"}, "SEED is a number, 0 or more"),
+                         ({"INLINE": "yes"}, "INLINE is 0 or 1, not yes"),
+                         ({"STUDENT": "openai:m@http://h/v1"}, "hf:MODEL or vllm:MODEL, not openai:m@")):  # fmt: skip
         for how in ({}, {"DRY_RUN": "1"}):
             done = loop(home, **knobs, **how)
             assert (done.returncode, done.stdout) == (2, "") and words in done.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common import run
+from common import jsonl, run
 from common.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,6 +106,28 @@ def test_same_work_goes_on_and_other_work_is_refused(tmp_path):
     with pytest.raises(InputError, match="another --out"):  # also when it is finished
         run.Stage(out, args, other)
     assert not run.Stage(out, args, other, overwrite=True).done
+
+
+def test_a_refused_overwrite_leaves_the_manifest_as_it_was(tmp_path):
+    """Another process is writing the records: what it makes must not be described by our settings."""
+    out, args = str(tmp_path / "t.jsonl"), Args(str(tmp_path / "t.jsonl"))
+    theirs, ours = (jsonl.Output(out, "label", key=lambda record: ()) for _ in range(2))
+    run.Stage(out, args, {"teacher": "a"}, outputs=(theirs,))
+    theirs.open()
+    with pytest.raises(InputError, match="another process is writing this file"):
+        run.Stage(out, args, {"teacher": "b"}, overwrite=True, outputs=(ours,))
+    theirs.finish([])
+    assert run.Stage(out, args, {"teacher": "a"}, outputs=(theirs,)).manifest["same"] == {"teacher": "a"}
+    assert run.Stage(out, args, {"teacher": "b"}, overwrite=True, outputs=(ours,)).manifest["same"] == {"teacher": "b"}
+    assert not Path(out).exists()
+
+
+def test_a_damaged_manifest_is_named(tmp_path):
+    out = str(tmp_path / "t.jsonl")
+    for text in ("", "[]", '{"same": '):
+        Path(f"{out}.manifest.json").write_text(text)
+        with pytest.raises(InputError, match="t.jsonl.manifest.json: damaged, no JSON object; --overwrite starts"):
+            run.Stage(out, Args(out), {})
 
 
 def test_seconds_are_those_of_all_calls(tmp_path, monkeypatch):

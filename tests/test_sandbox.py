@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from common import bubblewrap, seccomp
+from common import bubblewrap, limits, seccomp
 from common.errors import InfraError, InputError
 from common.sandbox import MEGABYTE, LocalSandbox, open_sandbox
 
@@ -299,6 +299,18 @@ def test_memory_of_all_processes_together():
 @pytest.mark.skipif(not seccomp.program(), reason="no system call filter for this machine")
 def test_memory_of_no_process(box):
     assert "Function not implemented" in box.run("python -c \"import os; os.memfd_create('x')\"").output
+    code = "import ctypes, os; libc = ctypes.CDLL(None, use_errno=True); print(libc.semget(0, 1, 0o600), os.strerror(ctypes.get_errno()))"
+    assert sh(box, f'python -c "{code}"') == "-1 Function not implemented\n"
+
+
+@pytest.mark.skipif(not seccomp.program(), reason="no system call filter for this machine")
+def test_sockets_that_no_network_namespace_holds(box):
+    """vsock reaches the hypervisor of a virtual machine, whatever the namespace; ordinary families are there."""
+    code = "import socket; socket.socketpair(); [socket.socket(f) for f in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)]"
+    sh(box, f"python -c '{code}'")
+    for family in (40, 38, 17):  # vsock, the kernel's cryptography, raw packets
+        made = box.run(f"python -c 'import socket; socket.socket({family}, socket.SOCK_STREAM)'")
+        assert made.exit_code == 1 and "Address family not supported" in made.output
 
 
 def test_fork_bomb():
@@ -346,6 +358,15 @@ def test_big_file_and_full_disk():
         sh(box, "rm part*; echo room > again")
         result = box.run("for i in $(seq 100); do head -c 10M /dev/zero > /tmp/part$i; sleep 0.02; done")
         assert result.exit_code == 137
+
+
+def test_what_others_give_back_is_no_room(tmp_path, monkeypatch):
+    """200 MB of another sandbox went away meanwhile: 150 MB of ours are still more than 64."""
+    free = iter([(1000 << 20, 10**6), (1200 << 20, 10**6), (1050 << 20, 10**6)])
+    monkeypatch.setattr(limits.DiskMeter, "_free", lambda self: next(free))
+    monkeypatch.setattr(limits, "_usage", lambda folders: 150 << 20)
+    meter = limits.DiskMeter([tmp_path], 64 << 20)
+    assert (meter.over(), meter.over()) == (False, True)
 
 
 def test_output_that_is_not_utf8(box):

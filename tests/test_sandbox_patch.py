@@ -89,6 +89,15 @@ def test_patch_of_a_wrecked_tree(box):
     assert not folder.exists()
 
 
+def test_names_that_git_or_the_system_cannot_hold_are_left_out(box):
+    """A link to a name that is not UTF-8, and a file that lies so deep that its path is too long for this machine."""
+    sh(box, r"ln -s $'\xff' bad; ln -s calc.py good; echo new > new.py")
+    deep = "import os\nfor _ in range(15): os.mkdir('d' * 250); os.chdir('d' * 250)\n"
+    sh(box, f'python -c "{deep}for n in range(255): open(chr(120) * (n + 1), chr(119))"')
+    patch = box.diff()
+    assert "b/new.py" in patch and "b/good" in patch and "b/bad" not in patch and box.diff() == patch
+
+
 def test_clock_games_do_not_hide_an_edit(box):
     """Same size, same modification time: the change time, which a program cannot set, tells."""
     sh(box, "cp -p calc.py /tmp/ref; sed -i 's/-/+/' calc.py; touch -r /tmp/ref calc.py")

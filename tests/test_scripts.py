@@ -214,6 +214,12 @@ def test_show_prints_a_transcript(tmp_path):
         (["--tasks", "toy:dev:2", "--student", "replay:nowhere.jsonl"], "nowhere.jsonl"),
         (["--tasks", "toy:dev:2", "--student", "hf:smollm2-135m,adapter=nowhere"], "nowhere"),
         (["--tasks", "toy:dev:2", "--student", "oracle", "--workers", "0"], "--workers must be at least 1"),
+        (["--tasks", "toy:dev:2", "--student", "oracle", "--limit", "-1"], "--limit must be at least 1, not -1"),
+        (["--tasks", "toy:dev:2", "--student", "oracle", "--test-timeout", "0"], "--test-timeout must be more than 0"),
+        (["--tasks", "toy:dev:2", "--student", "oracle", "--time-limit", "-1"], "--time-limit must be more than 0"),
+        (["--tasks", "toy:dev:2", "--student", "oracle", "--max-cost", "nan"], "--max-cost must be more than 0"),
+        (["--tasks", "toy:dev:2", "--student", "oracle", "--infra-retries", "-1"], "--infra-retries must be at least 0"),
+        (["--tasks", "toy:dev:2", "--student", "oracle", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
         (["--tasks", "toy:dev:2"], "exactly one of --student"),
         (["--tasks", "toy:dev:2", "--predictions", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
     ],
@@ -223,6 +229,24 @@ def test_bad_input_is_exit_2_with_one_clear_line(tmp_path, args, message):
     assert done.returncode == 2 and message in done.stderr
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
     assert not (tmp_path / "eval" / "results.jsonl").exists()
+
+
+def test_nobody_elses_file_is_taken_for_ones_own_or_overwritten(tmp_path):
+    """04 into the directory of an iteration: the teacher's repairs there are no work of the student."""
+    home = tmp_path / "iter_001"
+    task = tasks.load("toy:train:1")[0]["instance_id"]
+    (tmp_path / "idle.jsonl").write_text(json.dumps({"instance_id": task, "turns": [say("submit")]}) + "\n")
+    collect = ["--tasks", "toy:train:1", "--teacher", "oracle", "--mix", "teacher"]
+    script("01_collect.py", *collect, "--out", home / "trajectories.jsonl")
+    before = (home / "trajectories.jsonl").read_bytes()
+    evaluate = ["--tasks", "toy:train:1", "--student", f"replay:{tmp_path}/idle.jsonl", "--out", home]
+    for _ in range(2):  # the refusal leaves nothing that the next try would take for its own
+        done = script("04_eval.py", *evaluate, ok=False)
+        assert done.returncode == 2 and f"{home}/trajectories.jsonl is there, and {home}/manifest.json" in done.stderr
+    done = script("01_collect.py", *collect, "--out", tmp_path / "idle.jsonl", ok=False)
+    assert done.returncode == 2 and "idle.jsonl is there" in done.stderr
+    assert (home / "trajectories.jsonl").read_bytes() == before and json.loads((tmp_path / "idle.jsonl").read_text())
+    assert summary(script("04_eval.py", *evaluate, "--overwrite"))["resolved"] == "0"
 
 
 def test_predictions_with_unknown_or_double_ids_are_refused(tmp_path):

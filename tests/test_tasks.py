@@ -116,6 +116,15 @@ def test_unknown_specs(spec, message):
         ([row("a"), row("a")], "'a' is there twice"),
         ([row("a", FAIL_TO_PASS="nonsense")], "FAIL_TO_PASS"),
         ([row("a", local={})], "needs 'source'"),
+        ([row("a", local={"source": 3})], ":1: field 'local' needs 'source'"),
+        ([row("a", local={"source": {"a.py": 3}})], ":1: field 'local' needs 'source'"),
+        ([row("a", local={"source": ".", "python": 3})], ":1: field 'local': python must be a text, not int"),
+        ([row("a", local={"source": ".", "test_cmd": ["pytest"]})], "test_cmd must be a text, not list"),
+        ([row("a", local={"source": ".", "setup": "make"})], "setup must be a list of commands"),
+        ([row("a", local={"source": ".", "env": ["A=1"]})], "env must be an object of names and texts"),
+        ([row("a", prompt=["toy"])], ":1: task: field 'prompt' must be str or null, not list"),
+        ([row("me/a")], ":1: instance_id 'me/a': it may have letters, digits and _ . - only"),
+        ([row("../a")], "instance_id '../a'"),
         ([row("a", local={"source": "/nowhere/at/all"})], ":1: a: the repository /nowhere/at/all is missing"),
         ([row("a"), row("b", image=["x"])], ":2: task: field 'image' must be str or null, not list"),
         ([row("a", eval_script={})], ":1: task: field 'eval_script' must be str or null"),
@@ -132,6 +141,9 @@ def test_exclusion_by_id_and_by_commit(tmp_path):
     assert [r["instance_id"] for r in kept] == ["c"] and gone == 2
     with pytest.raises(InputError, match="leaves no task"):
         tasks.exclude([row("a")], [held_out])
+    # a plain directory has no commit, and two of them may have one name
+    plain = [row("a") | {"repo": "src", "base_commit": ""}, row("b") | {"repo": "src", "base_commit": ""}]
+    assert tasks.exclude(plain[:1], [write(tmp_path / "plain.jsonl", plain[1:])]) == (plain[:1], 0)
 
 
 def test_iterations_collect_on_other_tasks_and_wrap_round():
@@ -149,7 +161,7 @@ def test_exclusion_takes_the_first_n_of_a_spec(tmp_path):
     kept, gone = tasks.exclude([row("a"), row("b"), row("c")], [held_out + ":1", held_out + ":2"])
     assert [r["instance_id"] for r in kept] == ["c"] and gone == 2
     loop = (ROOT / "run_loop.sh").read_text()
-    assert '--exclude-tasks "$EVAL_TASKS" $TEST_TASKS' in loop
+    assert '--exclude-tasks "$EVAL_TASKS" ${TEST_TASKS:+"$TEST_TASKS"}' in loop
 
 
 # ---------------------------------------------------------------------------------------------------- data sets

@@ -149,7 +149,7 @@ def test_attention_is_what_its_mask_says():
                 scores = 0.3 * query[0, head] @ key[0, head // 2].T
                 expected = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value[0, head // 2]
                 assert torch.allclose(found[0, :, head], expected, atol=1e-6)
-    with pytest.raises(InputError, match="per-turn"):
+    with pytest.raises(InputError, match="soft caps or sinks"):
         training._attend(None, query, key, value, None, softcap=30.0)
 
 
@@ -264,12 +264,23 @@ def test_sliding_windows_shorter_than_a_sample_are_refused():
 
 
 def test_logits_changed_after_the_head_are_refused():
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    config = GraniteConfig(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                           num_attention_heads=2, num_key_value_heads=1, logits_scaling=8.0, attn_implementation="sdpa")
+    with pytest.raises(InputError, match="granite .*changes its logits"):
+        training.probe(GraniteForCausalLM(config), False, 50)
+
+
+@pytest.mark.parametrize("name", ["final_logit_softcapping", "attn_logit_softcapping"])
+def test_soft_caps_are_refused_by_name(name):
+    """torch's own attention leaves them away, and small logits hide a final cap."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     config = Gemma2Config(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=1, head_dim=16,
-                          num_attention_heads=2, num_key_value_heads=1, final_logit_softcapping=0.1,
-                          attn_implementation="sdpa")
-    with pytest.raises(InputError, match="gemma2 .*changes its logits"):
+                          num_attention_heads=2, num_key_value_heads=1, attn_implementation="sdpa",
+                          **{"final_logit_softcapping": None, "attn_logit_softcapping": None} | {name: 1000.0})
+    with pytest.raises(InputError, match=f"gemma2 architecture has {name}"):
         training.probe(Gemma2ForCausalLM(config), False, 50)
 
 

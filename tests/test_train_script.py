@@ -19,8 +19,8 @@ from common.errors import InputError, StageError
 from tests import tiny
 from tests.records import iteration, label, tokenised, trajectory, write
 
-train = importlib.import_module("03_train")
 ROOT = Path(__file__).resolve().parent.parent
+train = importlib.import_module("03_train")
 
 
 def script(*args):
@@ -242,6 +242,44 @@ def test_other_settings_for_the_same_output_are_refused(home):
     with pytest.raises(InputError, match="lr = 0.001, now it is 0.1.*--overwrite"):
         script(*common, "--lr", "0.1")
     script(*common, "--lr", "0.1", "--overwrite")
+
+
+def test_two_processes_do_not_train_in_one_directory(home, tmp_path):
+    args = ["--data", home / "iter_001", "--model", home / "base", "--max-steps", "1", "--out", tmp_path / "a"]
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from common import training\n"
+    code += f"training.lock(Path({str(tmp_path / 'a')!r})); print('locked', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(InputError, match="another process is training there"):
+            script(*args)
+        assert not (tmp_path / "a/manifest.json").exists()
+    script(*args)
+
+
+def test_less_memory_does_not_begin_anew(home, tmp_path, monkeypatch):
+    """Out of memory in the second step: said in one line, and the same work goes on with smaller batches."""
+    args = ["--data", home / "iter_001", "--model", home / "base", "--max-steps", 3, "--save-every", 0, "--out", tmp_path / "a"]
+    real, calls = train.accumulate, []
+
+    def accumulate(*given, **more):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*given, **more)
+
+    monkeypatch.setattr(train, "accumulate", accumulate)
+    with pytest.raises(StageError, match="out of memory in step 2: lower --tokens-per-batch .it is 2048.*goes on"):
+        script(*args, "--batch-size", 1)
+    script(*args, "--batch-size", 1, "--tokens-per-batch", 1024, "--checkpointing", "on")
+    assert [json.loads(line)["step"] for line in (tmp_path / "a/training_log.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_another_rank_than_that_of_the_adapter_is_refused(home, tmp_path):
+    args = ["--data", home / "iter_001", "--model", home / "base", "--max-steps", 1]
+    script(*args, "--lora-rank", 4, "--lora-alpha", 8, "--out", tmp_path / "a")
+    with pytest.raises(InputError, match="has rank 4 and alpha 8, and goes on so: give --lora-rank 4 --lora-alpha 8"):
+        script(*args, "--init-adapter", tmp_path / "a", "--out", tmp_path / "b")
+    script(*args, "--init-adapter", tmp_path / "a", "--lora-rank", 4, "--lora-alpha", 8, "--out", tmp_path / "b")
 
 
 def bad(tmp_path, home, *args, labels=None, trajectories=None, model=None):
