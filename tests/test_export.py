@@ -259,6 +259,18 @@ def test_the_card_says_which_labels_were_chosen_and_how_many_steps(tmp_path):
     assert "; those of resolved trajectories alone; --label-states uncertain:0.5; at most 40; 30 in an iteration |" in card
 
 
+def test_an_exported_adapter_knows_what_base_it_was_trained_on(tmp_path):
+    """hf:MODEL,adapter=EXPORT is to act as the student of the run did, without a quant= of its own."""
+    home = make_run(tmp_path / "run", tiny.model_dir(tmp_path))
+    for number in (1, 2):
+        path = home / f"iter_00{number}/adapter/manifest.json"
+        content = json.loads(path.read_text())
+        content["summary"]["quant"] = "nf4"
+        path.write_text(json.dumps(content))
+    assert models.trained_on(str(give(home, "peft", tmp_path / "out"))) == "nf4"
+    assert models.trained_on(f"{tmp_path / 'out'}/") == "nf4" and models.trained_on(str(tmp_path)) == "none"
+
+
 def test_text_that_looks_like_a_special_token_stays_text(tmp_path):
     assert "<s>" in chat.special_tokens(tiny.tokenizer("tools"))
     home = make_run(tmp_path / "run", tiny.model_dir(tmp_path, template="tools"), rates=(0.5,))

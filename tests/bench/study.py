@@ -295,6 +295,22 @@ def arms_of(lines: dict) -> dict[str, list[dict]]:
     return whole
 
 
+def in_short(arm: str, found: list[dict], apart: dict[str, list[int]], family_groups: list[str]) -> list[str]:
+    """A row of the table that the README shows."""
+    wrong = sum(len(one["erred"]) for one in found)
+    again = sum(len(set(one["erred"]) & set(one["edited_again"])) for one in found) if "edited_again" in found[0] else None
+    back = sum(one["resolved"][i] == "1" for one in found for i in one["erred"])
+    seen = [part for one in found for part in one["iterations"][: one["chosen"]]]
+    labels, tokens = (sum(part[name] for part in seen) / len(found) for name in ("labels", "label_tokens"))
+    shifts = [mean(one["iterations"][i]["at_states_of_student"]["nll"] - one["iterations"][i]["at_states_of_teacher"]["nll"]
+                   for one in found) for i in range(3)]  # fmt: skip
+    of_groups = (mean(mean(one["resolved"][i] == "1" for i in apart[name]) for one in found) for name in family_groups)
+    return [arm, ", ".join(f"{100 * one['resolved'].count('1') / TASKS:.1f}" for one in found) + " %",
+            *(f"{100 * rate:.0f} %" for rate in of_groups), f"{labels:.0f}, {tokens:,.0f}", f"{wrong / len(found):.0f}",
+            "-" if again is None else f"{100 * again / wrong:.0f} %", f"{100 * back / wrong:.0f} %",
+            ", ".join(f"{shift:.2f}" for shift in shifts)]  # fmt: skip
+
+
 def tables(path: Path) -> None:
     lines = {(found["arm"], found["seed"]): found for found in read(path)}
     if not lines:
@@ -309,6 +325,10 @@ def tables(path: Path) -> None:
     family_groups = [name for name in ("told", "computed", "not in train") if name in apart]
     one_bug = set().union(*(apart.get(kind, []) for kind in ONE_BUG))
 
+    print_table("In short", ["arm", "resolved, by seed", *family_groups, "labels seen, their tokens", "first edit failed",
+                             "edited again", "resolved after all", "shift after iteration 1, 2, 3"],
+                [in_short(arm, [lines[key] for key in sorted(lines) if key[0] == arm], apart, family_groups)
+                 for arm in ARMS if any(key[0] == arm for key in lines)])  # fmt: skip
     rows = []
     for arm, found in by_arm.items():
         rates = [one["resolved"].count("1") / TASKS for one in found]
