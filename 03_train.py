@@ -190,6 +190,7 @@ def work(args: Args) -> None:
         stage = run.Stage(args.out, args, same, directory=True)
     if processes.agree(stage is not None and stage.done):
         if stage:
+            (out / training.LOCK).unlink()
             stage.say_done()
         processes.close()
         return

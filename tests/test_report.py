@@ -41,17 +41,17 @@ def test_only_this_script_and_this_style_may_run(tmp_path):
 
 
 def test_hostile_text_cannot_leave_its_script_element(tmp_path):
-    """In ids, issues, observations and labels; the index is the part that is not in base64."""
-    name = "a__b-1</script><script>window.ran = 3</script><!--\u2028&amp;"
-    one = trajectory(name, 1, [("student", HOSTILE, HOSTILE)], issue=HOSTILE + "\ud800")
-    collect(tmp_path / "run/iter_001", [one], [label(one, 0, HOSTILE, False)])
+    """In names of models, issues, observations and labels; settings and index are the part that is not in base64."""
+    name = "hf:m</script><script>window.ran = 3</script><!--\u2028&amp;"
+    one = trajectory("a__b-1", 1, [("student", HOSTILE, HOSTILE)], issue=HOSTILE + "\ud800")
+    collect(tmp_path / "run/iter_001", [one], [label(one, 0, HOSTILE, False)], student=name)
     report.report([tmp_path / "run"], tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     outside = text[text.index("</style>") :]
     assert len(re.findall("<script", outside)) == len(re.findall("</script>", outside)) == 3  # data, script, one chunk
     assert "<!--" not in outside and "\u2028" not in outside
     data, chunks = contents(tmp_path / "page.html")
-    assert rows(data)[0]["instance_id"] == name
+    assert data["runs"][0]["settings"]["student"] == name and name in data["lead"]
     assert chunks[0][0]["turns"][0]["observation"] == HOSTILE
     assert chunks[0][0]["turns"][0]["label"]["text"] == HOSTILE
 
