@@ -185,7 +185,7 @@ class Stage:
         self.manifest = {}
         self.resumed = self.manifest_path.exists() and not overwrite
         if self.resumed:
-            self.manifest = _read_manifest(self.manifest_path)
+            self.manifest = read_object(self.manifest_path)
             self._refuse_other_work(json.loads(json.dumps(same)))
         for output in outputs:
             if overwrite:
@@ -252,7 +252,7 @@ class Stage:
     def finished(cls, out: str, args) -> "Stage":
         """The finished output directory `out`, whatever work it was. Raises InputError if it is not finished."""
         path = Path(out) / "manifest.json"
-        manifest = _read_manifest(path) if path.is_file() else {}
+        manifest = read_object(path) if path.is_file() else {}
         if not manifest.get("finished"):
             raise InputError(f"{out}: not a finished output; the command that started it goes on with it")
         return cls(out, args, manifest["same"], directory=True)
@@ -273,14 +273,15 @@ class Stage:
         jsonl.write_atomically(self.manifest_path, json.dumps(self.manifest, indent=1) + "\n")
 
 
-def _read_manifest(path: Path) -> dict:
+def read_object(path: Path) -> dict:
+    """The JSON object in a file that a stage has written whole. Raises InputError where it is damaged."""
     try:
-        manifest = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError:
-        manifest = None
-    if not isinstance(manifest, dict):
-        raise InputError(f"{path}: damaged, no JSON object; --overwrite starts the work again")
-    return manifest
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: damaged, no JSON object; run its stage again with --overwrite")
+    return content
 
 
 def finite(value: object) -> object:

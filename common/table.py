@@ -3,7 +3,6 @@
     python -m common.table runs/laptop
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,18 +36,8 @@ class Args:
 
 def manifest(path: Path) -> dict | None:
     """The manifest of a finished stage, else None."""
-    content = _read(path) if path.exists() else {}
+    content = run.read_object(path) if path.exists() else {}
     return content if content.get("finished") else None
-
-
-def _read(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: damaged, no JSON object; remove it and run its stage again")
-    return content
 
 
 def read_run(home: Path, iterations: int | None) -> dict[int, dict[str, dict]]:
@@ -156,10 +145,10 @@ def show(home: Path, iterations: int | None) -> None:
             chosen = "chosen" if number == best else "chosen by a shorter run"
             score = "%s (%s)" % _score(tested["summary"])
             print(f"on {tested['settings']['tasks']}, iteration {number} ({chosen}): {score}")
-            for name, group in _read(path.parent / "summary.json")["groups"].items():
+            for name, group in run.read_object(path.parent / "summary.json")["groups"].items():
                 if not name.startswith("family "):
                     print(f"    {name}: %s (%s)" % _score(group))
-    every = [_read(path) for path in home.rglob("*manifest.json")]
+    every = [run.read_object(path) for path in home.rglob("*manifest.json")]
     minutes = sum(content.get("seconds", 0) for content in every) / 60
     memory = max(content.get("peak_memory_mb", 0) for content in every) / 1024
     print(f"{minutes:.0f} minutes in all, at most {memory:.1f} GB of memory in one process")

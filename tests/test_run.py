@@ -126,7 +126,7 @@ def test_a_damaged_manifest_is_named(tmp_path):
     out = str(tmp_path / "t.jsonl")
     for text in ("", "[]", '{"same": '):
         Path(f"{out}.manifest.json").write_text(text)
-        with pytest.raises(InputError, match="t.jsonl.manifest.json: damaged, no JSON object; --overwrite starts"):
+        with pytest.raises(InputError, match="t.jsonl.manifest.json: damaged, no JSON object; run its stage again with --overwrite"):
             run.Stage(out, Args(out), {})
 
 
