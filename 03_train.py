@@ -176,7 +176,7 @@ def work(args: Args) -> None:
         for directory in args.data:
             stage_tools.grades_of(Path(directory) / "trajectories.jsonl")
         same["grades"] = [run.hash_file(Path(directory) / "grades/results.jsonl") for directory in args.data]
-    from common import label_loss, prefix_tree, training, training_data
+    from common import label_loss, prefix_tree, training, training_data, training_files
 
     if args.init_adapter:
         models.check_adapter(args.init_adapter, args.model)
@@ -186,11 +186,11 @@ def work(args: Args) -> None:
     # A new output is begun only when its input has proved good: a mistake leaves nothing that the next try runs into.
     begun = (out / "manifest.json").exists() and not args.overwrite and not args.dry_run
     if begun and processes.first:
-        training.lock(out)
+        training_files.lock(out)
         stage = run.Stage(args.out, args, same, directory=True)
     if processes.agree(stage is not None and stage.done):
         if stage:
-            (out / training.LOCK).unlink()
+            (out / training_files.LOCK).unlink()
             stage.say_done()
         processes.close()
         return
@@ -203,9 +203,9 @@ def work(args: Args) -> None:
     model, quant = prepare_model(args, longest.longest)
     if processes.first and not args.dry_run:
         if not begun:
-            training.lock(out)
+            training_files.lock(out)
             stage = run.Stage(args.out, args, same, directory=True, overwrite=args.overwrite)
-            training.forget(out)
+            training_files.forget(out)
         stage.log.info("%d labels of %d trajectories; %d were longer than --max-context",
                        sum(len(one.samples) for one in data), len(data), too_long)
     processes.agree(True)  # the others wait until the output is begun
@@ -244,8 +244,8 @@ def work(args: Args) -> None:
     elif processes.first:
         stage.before = trained["seconds_before"]
         stage.finish(summary)
-        training.forget(out)
-        (out / training.LOCK).unlink()
+        training_files.forget(out)
+        (out / training_files.LOCK).unlink()
     processes.close()
 
 
@@ -312,7 +312,7 @@ def train(args: Args, data: list, model, out: Path | None, processes) -> dict:
     import torch
     from tqdm import tqdm
 
-    from common import training
+    from common import training, training_files
 
     base = model.get_base_model()
     attention = training.attention_cost(base)
@@ -322,9 +322,9 @@ def train(args: Args, data: list, model, out: Path | None, processes) -> dict:
     optimiser = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
     count = {"steps": 0, "rows": 0, "seconds": 0.0, "epochs": {}}  # epoch -> [sum of -log p, label tokens]
     if out:
-        count = training.load_state(out, parameters, optimiser) or count
+        count = training_files.load_state(out, parameters, optimiser) or count
     seconds_before, began, saved = count["seconds"], time.time(), time.time()
-    log = training.open_log(out, count["steps"]) if out and processes.first else None
+    log = training_files.open_log(out, count["steps"]) if out and processes.first else None
     bar = tqdm(total=len(steps), initial=count["steps"], unit="step", desc="train" if out else "dry run",
                dynamic_ncols=True, disable=not processes.first)
     for number, (epoch, chosen) in enumerate(steps[count["steps"] :], count["steps"]):
@@ -363,11 +363,11 @@ def train(args: Args, data: list, model, out: Path | None, processes) -> dict:
             print(json.dumps(line), file=log, flush=True)
             count |= {"steps": number + 1, "seconds": seconds_before + time.time() - began}
             if number + 1 == len(steps) or time.time() - saved >= args.save_every:
-                training.save_state(out, parameters, optimiser, count)
+                training_files.save_state(out, parameters, optimiser, count)
                 saved = time.time()
     bar.close()
     if log:
-        training.save_adapter(model, out)  # before anything else is done with it
+        training_files.save_adapter(model, out)  # before anything else is done with it
         log.close()
     nll, label_tokens = count["epochs"][max(count["epochs"])]
     return {"loss": nll / label_tokens, "rows": count["rows"], "steps": len(steps) if out else 0,

@@ -14,7 +14,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import chat, export, hf_policy, models, run, training
+from common import chat, export, hf_policy, models, run, training, training_files
 from common.errors import InputError
 from tests import records as by_hand, tiny
 
@@ -32,7 +32,7 @@ def adapter(base: str, out: Path, seed: int, scale: float = 0.05) -> None:
             if "lora_B" in name:
                 weight.normal_(std=scale)
     out.mkdir(parents=True, exist_ok=True)
-    training.save_adapter(model, out)
+    training_files.save_adapter(model, out)
 
 
 def manifest(path: Path, settings: dict, same: dict, summary: dict) -> None:

@@ -246,8 +246,8 @@ def test_other_settings_for_the_same_output_are_refused(home):
 
 def test_two_processes_do_not_train_in_one_directory(home, tmp_path):
     args = ["--data", home / "iter_001", "--model", home / "base", "--max-steps", "1", "--out", tmp_path / "a"]
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from common import training\n"
-    code += f"training.lock(Path({str(tmp_path / 'a')!r})); print('locked', flush=True); sys.stdin.read()"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from common import training_files\n"
+    code += f"training_files.lock(Path({str(tmp_path / 'a')!r})); print('locked', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "locked\n"
         with pytest.raises(InputError, match="another process is training there"):
