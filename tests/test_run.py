@@ -1,6 +1,7 @@
 """The command line, exit codes, manifests and what counts as the same work."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -88,6 +89,34 @@ run.main(Args, work)''')
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 1
     process.stderr.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stage_ends_with_its_loop(tmp_path, number):
+    """Somebody ends run_loop.sh alone. Its servers' keeper is the shell that runs the stage."""
+    script = tmp_path / "script.py"
+    script.write_text("""
+import time
+from dataclasses import dataclass
+from common import run
+
+@dataclass
+class Args:
+    n: int = 0
+
+def work(args):
+    print("begun", flush=True)
+    time.sleep(60)
+
+run.main(Args, work)""")
+    loop = subprocess.Popen(["bash", "-c", f"export SWE_DAGGER_KEEPER=$$; {sys.executable} {script}; :"], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert loop.stdout.readline() == "begun\n"
+    loop.send_signal(number)
+    began = time.monotonic()
+    _, said = loop.communicate()  # returns when the stage has closed its ends of the pipes, too
+    assert "stopped; the same command goes on from here" in said and time.monotonic() - began < 30
 
 
 def test_same_work_goes_on_and_other_work_is_refused(tmp_path):
