@@ -473,22 +473,29 @@ function showShift() {
   fill("shift", first, byRun(shiftOf));
 }
 
+const measuredIn = (run) => run.iterations.filter((one) => one.shift
+  && one.shift.some((row) => known(row.before) || known(row.after)));
+
 function shiftOf(run) {
-  const measured = run.iterations.filter((one) => one.shift
-    && one.shift.some((row) => known(row.before) || known(row.after)));
-  const parts = [];
+  const measured = measuredIn(run), parts = [];
   if (measured.length) {
     // An untrained student knows nothing of all this: its values would press all others to the floor.
     const untrained = (one) => one.number === 1 && measured.length > 1;
     const overall = (one, history, when) => (when === "before" && untrained(one) ? null
       : one.shift.find((row) => row.history === history && row.turn === null));
+    // One scale for all runs, so that they can be told apart by height.
+    const all = data.runs.flatMap(measuredIn);
+    const tops = all.flatMap((one) => one.shift.filter((row) => row.turn === null)
+      .flatMap((row) => [untrained(one) ? null : row.before, row.after]));
     parts.push(make("div.panels", figure("All turns, by iteration",
       shiftOptions(measured.map((one) => one.number), "iteration",
-      (history, number, when) => value(overall(measured.find((one) => one.number === number), history, when), when))),
+      (history, number, when) => value(overall(measured.find((one) => one.number === number), history, when), when),
+      tops)),
       ...measured.map((one) => figure(`Iteration ${one.number}, by turn`,
         shiftOptions([...new Set(one.shift.map((row) => row.turn).filter(known))].sort((a, b) => a - b), "turn",
         (history, turn, when) => value(one.shift.find((row) => row.history === history && row.turn === turn), when),
-        measured.filter((other) => untrained(other) === untrained(one)))))));
+        all.filter((other) => untrained(other) === untrained(one)).flatMap((other) => other.shift)
+          .filter((row) => known(row.turn)).flatMap((row) => [row.before, row.after]))))));
     parts.push(paragraph("Dashed and hollow: before training. Solid: after it. Squares: histories that the teacher " +
       "alone made; circles: histories with student turns." + (measured.some(untrained) ? " Iteration 1 was " +
       "collected before any training: it has a scale of its own, and on the left only what came after." : ""), "small"));
@@ -509,7 +516,8 @@ function shiftOf(run) {
 const value = (row, when) => (row && known(row[when]) ? { y: row[when],
   text: `${plural(row.labels, "label")}, ${plural(row.tokens, "token")}` } : null);
 
-function shiftOptions(xs, title, valueOf, all) {
+/** tops: the values that the scale has to reach. */
+function shiftOptions(xs, title, valueOf, tops) {
   const series = [];
   for (const [history, colour, shape] of [["student", "cs", 0], ["teacher", "ct", 1]])
     for (const when of ["before", "after"]) {
@@ -524,8 +532,6 @@ function shiftOptions(xs, title, valueOf, all) {
     const lines = series.filter((one) => one.colour === colour);
     if (lines.length) lines[lines.length - 1].label = HISTORIES[colour === "cs" ? "student" : "teacher"];
   }
-  const tops = all ? all.flatMap((one) => one.shift.filter((row) => known(row.turn))
-    .flatMap((row) => [row.before, row.after])) : series.flatMap((one) => one.points.map((point) => point.y));
   return { name: `Negative log-likelihood of labels by ${title}`, x: span(xs, title),
     y: { ticks: ticks(Math.max(...tops.filter(known), 0.01), 4), text: short, title: "nats per token" }, series,
     height: 240 };

@@ -6,7 +6,7 @@ import browser
 import pytest
 
 from common import report
-from tests.report_runs import HOSTILE, collect, label, say, small_run, trajectory
+from tests.report_runs import HOSTILE, collect, label, say, small_run, trajectory, write
 
 
 LONG = "exit 1\n" + "\n".join(f"line {n} of the log" for n in range(200))
@@ -154,6 +154,21 @@ class TestBrowser:
         chromium.run("const s = document.querySelector('#shift select'); s.value = 1; s.dispatchEvent(new Event('change'))")
         assert "The teacher alone acted while these tasks were collected" in chromium.run(shown)
         assert "(--label-states" not in chromium.run(shown) and chromium.log() == []
+
+    def test_runs_share_the_scale_of_their_shift(self, chromium, tmp_path):
+        homes = [small_run(tmp_path / name, resolved=(0, 1)) for name in ("low", "high")]
+        for home, loss in zip(homes, (0.4, 7.0)):
+            same = {"trajectory_id": "task-a.i1.a0", "tokens": 5, "before": loss, "after": loss}
+            write(home / "iter_001/adapter/label_nll.jsonl", [same | {"turn": 0}, same | {"turn": 1}])
+        report.report(homes, tmp_path / "page.html")
+        opened_at(chromium, tmp_path / "page.html", "")
+        shown = (
+            "const s = document.querySelector('#shift select'); s.value = arguments[0]; "
+            "s.dispatchEvent(new Event('change')); return [...document.querySelectorAll('#shift svg')].slice(0, 2)"
+            ".map((one) => [...one.querySelectorAll('text')].map((text) => text.textContent).join(' '))"
+        )
+        low, high = chromium.run(shown, 0), chromium.run(shown, 1)
+        assert low == high and all(" 6" in texts or " 8" in texts for texts in high)
 
     def test_keys(self, page, page_path):
         opened_at(page, page_path, "#trajectories?what=collected&iteration=1")
