@@ -203,8 +203,8 @@ def scores(student, best: int | None) -> str:
         lines.append(f"* before training: {_result(before, student.home / 'iter_000/eval')}")
     if teacher := table.manifest(student.home / "teacher/eval/manifest.json"):
         lines.append(f"* the teacher itself: {_result(teacher, student.home / 'teacher/eval')}")
-    home = student.home / "test" / f"iter_{student.number:03d}"
-    if tested := table.manifest(home / "manifest.json"):
+    if tested := table.tests(student.home).get(student.number):
+        home = student.home / "test" / f"iter_{student.number:03d}"
         lines.append(f"* on tasks that chose nothing: {_result(tested, home)}")
         groups = tested["summary"].get("groups", {}).items()
         lines += [f"    * {name}: {_rate(group)}" for name, group in groups if not name.startswith("family ")]
@@ -238,9 +238,8 @@ def _result(manifest: dict, home: Path) -> str:
 
 
 def limits(student, form: str) -> str:
-    measured = {of["eval"]["settings"]["tasks"] for of in student.stages.values() if "eval" in of}
-    tests = map(table.manifest, student.home.glob("test/iter_*/manifest.json"))
-    measured |= {manifest["settings"]["tasks"] for manifest in tests if manifest}
+    scored = (student.of("eval"), table.tests(student.home).get(student.number))
+    measured = {manifest["settings"]["tasks"] for manifest in scored if manifest}
     lines = [
         f"It was measured on {' and '.join(f'`{tasks}`' for tasks in sorted(measured))} as above, and on nothing else"
         if measured else "It was not measured on anything",

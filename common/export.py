@@ -120,7 +120,8 @@ def choose(home: Path, iteration: int | None) -> Student:
         raise InputError(f"--iteration {iteration}: {home} has adapters of {', '.join(map(str, trained))}")
     manifest, adapter = stages[iteration]["train"], adapter_of(home, iteration)
     check_adapter(adapter, manifest["settings"]["model"])
-    _refuse_another_adapter(adapter, stages[iteration].get("eval"))
+    _refuse_another_adapter(adapter, stages[iteration].get("eval"), adapter.parent / "eval")
+    _refuse_another_adapter(adapter, table.tests(home).get(iteration), home / f"test/iter_{iteration:03d}")
     chain, whole = follow(home, stages, iteration)
     return Student(home, iteration, stages, chain, whole)
 
@@ -148,14 +149,14 @@ def check_adapter(adapter: Path, model: str) -> None:
                          "makes them again") from None
 
 
-def _refuse_another_adapter(adapter: Path, evaluated: dict | None) -> None:
+def _refuse_another_adapter(adapter: Path, evaluated: dict | None, place: Path) -> None:
     """A card must not quote a score of other weights."""
     from common.hf_policy import hash_adapter
 
     recorded = ((evaluated or {}).get("same", {}).get("student") or {}).get("adapter_hash")
     if recorded and recorded != hash_adapter(str(adapter)):
         raise InputError(f"{adapter}: not the adapter that was evaluated (it was trained again since); evaluate it: "
-                         f"04_eval.py --out {adapter.parent / 'eval'} --overwrite ...")
+                         f"04_eval.py --out {place} --overwrite ...")
 
 
 def follow(home: Path, stages: dict, number: int) -> tuple[list[int], bool]:
@@ -291,10 +292,12 @@ WRITE = {"peft": write_peft, "merged": write_merged, "trl": write_trl}
 
 
 def export(home: Path, args: Args) -> None:
-    out = Path(args.out) if args.out else home / "export" / args.format
+    out = home / "export" / args.format if args.out is None else Path(args.out)
+    if out.name in ("", ".."):
+        raise InputError(f"--out {args.out!r}: give the directory to write a name of its own")
     student = choose(home, args.iteration)
     _refuse_existing(out, args.overwrite)
-    half = out.with_name(f"{out.name}.part")
+    half = out.with_name(f".{out.name}.half-exported")
     shutil.rmtree(half, ignore_errors=True)  # of an export that was killed
     same = {"run": str(home), "iteration": student.number, "format": args.format,
             "adapter": run.hash_file(student.adapter / "adapter_model.safetensors")}
@@ -331,7 +334,7 @@ def _refuse_existing(out: Path, overwrite: bool) -> None:
 
 def _put(half: Path, out: Path) -> None:
     """Rename the finished directory to its place; an older one goes when the new one is there."""
-    old = out.with_name(f"{out.name}.old")
+    old = out.with_name(f".{out.name}.replaced-export")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)

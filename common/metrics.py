@@ -25,7 +25,7 @@ from common.runs import (
 )  # fmt: skip
 
 __all__ = ["FAILURE_MODES", "Run", "arm_names", "check_comparable", "combine_seeds", "compare", "endings",
-           "failure_mode", "outcomes", "paired", "rate", "read", "shift", "shift_rows", "summarise", "write_summaries"]  # fmt: skip
+           "failure_mode", "outcomes", "paired", "rate", "read", "reference", "shift", "shift_rows", "summarise", "write_summaries"]  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -82,6 +82,11 @@ def _evaluated(found: Run) -> list[int]:
     return [number for number, part in found.iterations.items() if number > 0 and part and part["eval"]]
 
 
+def reference(arms: list[list[Run]]) -> int:
+    """The place of the arm that all others are set against: the first one with a run that is evaluated."""
+    return next((place for place, arm in enumerate(arms) if any(found.best is not None for found in arm)), 0)
+
+
 def endings(arms: list[list[Run]]) -> dict | None:
     """How the tasks of each arm's chosen students ended: on, test, and arms: per arm None or {runs, tasks, resolved,
     failure_modes}, the mean number of tasks in a run. On the test tasks where every run has met them, else on the
@@ -130,7 +135,8 @@ def show(runs: list[Run]) -> None:
     for name, arm in arms.items():
         if len(commits := dict.fromkeys(str(found.settings["code"]) for found in arm)) > 1:
             print(f"{name}: its runs were made by code of {len(commits)} commits, {', '.join(commits)}")
-    first, *others = arms
+    first = list(arms)[reference(list(arms.values()))]
+    others = [name for name in arms if name != first]
     for other in others:
         try:
             found = compare(arms[first], arms[other])
@@ -249,8 +255,7 @@ def _main() -> None:
     def work(args: Args) -> None:
         check_homes(homes, "python -m common.metrics")
         runs = [write_summaries(home) for home in homes]
-        if len(runs) > 1:
-            check_comparable(runs)
+        check_comparable(runs)
         show(runs)
 
     run.main(Args, work, "python -m common.metrics RUN [RUN...]")

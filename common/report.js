@@ -22,13 +22,14 @@ function make(name, ...rest) {
   return element;
 }
 
-const NOTHING_TO_SEE =
-  new RegExp("[\\0-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u2069\\ufeff]", "g");
+const NOTHING_TO_SEE = new RegExp("[\\0-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u00ad\\u034f\\u061c\\u115f\\u1160\\u17b4\\u17b5" +
+  "\\u180b-\\u180f\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u206f\\u3164\\ufe00-\\ufe0f\\ufeff\\uffa0\\ufff9-\\ufffb" +
+  "\\u{e0000}-\\u{e0fff}]", "gu");
 
 /** The text with what cannot be seen made visible: control characters, marks of direction, characters of no width. */
 function visible(text) {
   return text.replace(/\r\n/g, "\n").replace(NOTHING_TO_SEE, (char) => {
-    const code = char.charCodeAt(0);
+    const code = char.codePointAt(0);
     if (code < 32) return String.fromCharCode(0x2400 + code);
     return code === 127 ? "\u2421" : `\u27e8U+${code.toString(16).toUpperCase().padStart(4, "0")}\u27e9`;
   });
@@ -283,7 +284,8 @@ function resolvedOptions(arms, seeds, small) {
   const series = arms.flatMap((arm) => armSeries(arm, seeds, small, last + 1));
   const top = Math.max(...data.runs.flatMap((run) => [...scored(run).map((one) => one.eval),
     ...run.tests.map((one) => one.score)]).map((score) => score.rate_high), 0.1);
-  const teachers = mine.filter((run) => run.teacher && known(run.teacher.rate));
+  const teachers = mine.filter((run) => run.teacher && known(run.teacher.rate)
+    && (run.tasks || "").startsWith(`${run.teacher.on} (`));
   const reference = teachers.length ? Math.max(...teachers.map((run) => run.teacher.rate)) : null;
   const ceiling = known(reference) ? Math.max(top, reference) : top;
   return {
@@ -380,13 +382,16 @@ function comparisonTable() {
     const mean = data.means[arm];
     if (runs.length > 1) rows.push({ className: "chosen", cells: ["", make("td.text", "mean"), "",
       ...numbers.map((number) => { const one = mean.iterations.find((item) => item.number === number);
-        return one ? percent(one.rate, 1) : missingCell("\u2013"); }),
-        mean.test ? percent(mean.test.rate, 1) : missingCell("\u2013")] });
+        return one ? meanCell(one, runs.length) : missingCell("\u2013"); }),
+        mean.test ? meanCell(mean.test, runs.length) : missingCell("\u2013")] });
   });
   return table(["arm", "run", "seed", ...numbers.map((number) => `iteration ${number}`), "test (chosen)"], rows,
     { caption: `Resolved on ${data.runs[0].tasks || "the evaluation tasks"}, with 95 % intervals. The chosen ` +
       "iteration is bold.", textColumns: 2 });
 }
+
+/** A mean of fewer seeds than its arm has says so. */
+const meanCell = (mean, seeds) => percent(mean.rate, 1) + (mean.seeds < seeds ? ` (${mean.seeds} of ${seeds})` : "");
 
 function scoreCell(one, chosenOne) {
   if (!one || one.missing) return missingCell();
@@ -408,7 +413,7 @@ function testTable() {
     const name = `test, iteration ${one.iteration}${one.chosen ? " (chosen)" : " (not the chosen one)"}`;
     rows.push([name, make("td.text", one.tasks), scoreWords(one.score), RANGE(one.score)]);
   }
-  if (run.teacher && known(run.teacher.rate)) rows.push(["the teacher itself", make("td.text", run.tasks),
+  if (run.teacher && known(run.teacher.rate)) rows.push(["the teacher itself", make("td.text", run.teacher.on),
     scoreWords(run.teacher), RANGE(run.teacher)]);
   if (!run.tests.length) rows.push(["test", missingCell("not yet"), missingCell("not yet"), missingCell("not yet")]);
   return [make("h3", "The test score, and the teacher's"),

@@ -105,8 +105,7 @@ def report(homes: list[Path], out: Path) -> dict:
     Returns the summary of the page."""
     own = out.parent.resolve() == homes[0].resolve() and len(homes) == 1
     runs = [metrics.write_summaries(home) if own else metrics.read(home) for home in homes]
-    if len(runs) > 1:
-        metrics.check_comparable(runs)
+    metrics.check_comparable(runs)
     data = report_numbers.describe_runs(runs)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out.parent) as spool:
@@ -131,7 +130,10 @@ def _main() -> None:
         metrics.check_homes(homes, "python -m common.report")
         if len(homes) > 1 and args.out is None:
             raise InputError("several runs: --out FILE says where their page goes")
-        run.print_summary(report(homes, Path(args.out or homes[0] / "report.html")))
+        out = homes[0] / "report.html" if args.out is None else Path(args.out)
+        if out.suffix != ".html" or out.is_dir():
+            raise InputError(f"--out {args.out}: the page goes into a file, and its name ends in .html")
+        run.print_summary(report(homes, out))
 
     run.main(Args, work, "python -m common.report RUN [RUN...] [--out FILE]")
 

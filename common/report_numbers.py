@@ -43,7 +43,7 @@ def describe_run(found: metrics.Run, arm: int, name: str) -> dict:
     iterations, spent = [], dict.fromkeys(SPENT, 0)
     priced = any(part and part["cost"] and part["cost"]["dollars"] is not None for part in found.iterations.values())
     for number, part in found.iterations.items():
-        cost = None if part is None else making(part["cost"], priced)
+        cost = None if part is None else making(part, priced)
         for kind in spent:  # what is not known of one iteration is not known of those that build on it
             known = cost is not None and cost[kind] is not None and spent[kind] is not None
             spent[kind] = spent[kind] + cost[kind] if known else None
@@ -68,10 +68,12 @@ def describe_run(found: metrics.Run, arm: int, name: str) -> dict:
     }
 
 
-def making(cost: dict | None, priced: bool) -> dict:
+def making(part: dict, priced: bool) -> dict:
     """What making an iteration's student took, its evaluation apart: tokens of both policies, minutes, dollars."""
+    cost = part["cost"]
     if cost is None:
         return dict.fromkeys(SPENT)
+    dollars = [part[stage]["cost"] for stage in ("collect", "labels") if part[stage] and "cost" in part[stage]]
     parts = [cost[who][kind] for who in ("teacher", "student") for kind in ("in", "out")]
     seconds = [cost["seconds"][stage] for stage in ("collect", "grades", "labels", "train")]
     nothing = not any(seconds)  # the untrained student
@@ -79,7 +81,7 @@ def making(cost: dict | None, priced: bool) -> dict:
     return {
         "tokens": tokens,
         "minutes": sum(part or 0 for part in seconds) / 60,
-        "dollars": 0.0 if priced and nothing else cost["dollars"],
+        "dollars": 0.0 if priced and nothing else sum(dollars) if dollars else None,
     }
 
 
@@ -129,31 +131,35 @@ def mean_if_known(values: list[float | None]) -> float | None:
 
 
 def comparisons(arms: list[str], runs: list[list[metrics.Run]]) -> tuple[list[dict], list[str]]:
-    """Every other arm against the first: a row a seed, and the seeds together with both their intervals."""
+    """Every other arm against one (metrics.reference): a row a seed, and the seeds together with both their intervals."""
     rows, told = [], []
-    for other, theirs in zip(arms[1:], runs[1:]):
+    base = metrics.reference(runs)
+    for other, theirs in zip(arms, runs):
+        if other == arms[base]:
+            continue
+        against = f"{other} against {arms[base]}"
         try:
-            found = metrics.compare(runs[0], theirs)
+            found = metrics.compare(runs[base], theirs)
         except InputError as error:  # no task has a result on both sides
-            told.append(f"{other} and {arms[0]} are not compared task by task: {error}.")
+            told.append(f"{other} and {arms[base]} are not compared task by task: {error}.")
             continue
         if found is None:
-            told.append(f"{other} and {arms[0]} have no seed in common in which both were evaluated.")
+            told.append(f"{other} and {arms[base]} have no seed in common in which both were evaluated.")
             continue
         for seed, one in found["seeds"].items():
-            head = {"name": f"{other} against {arms[0]}, seed {seed}", "tasks": found["on"], "n": one["tasks"]}
+            head = {"name": f"{against}, seed {seed}", "tasks": found["on"], "n": one["tasks"]}
             rows.append(head | {key: one[key] for key in ("only_a", "only_b", "difference", "low", "high", "p")})
         whole = found["together"]
         if whole["seeds"] > 1:
             both = {"tasks": found["on"], "n": whole["tasks"], "difference": whole["difference"], "p": None}
-            rows.append(both | {"name": f"{whole['seeds']} seeds together (bootstrap over seeds and tasks)",
+            rows.append(both | {"name": f"{against}, {whole['seeds']} seeds together (bootstrap over seeds and tasks)",
                                 "low": whole["low"], "high": whole["high"]})  # fmt: skip
-            rows.append(both | {"name": f"{whole['seeds']} seeds together (t over the seeds)",
+            rows.append(both | {"name": f"{against}, {whole['seeds']} seeds together (t over the seeds)",
                                 "low": whole["t_low"], "high": whole["t_high"]})  # fmt: skip
         for name, group in found["groups"].items():
             if not name.startswith("family "):
                 wider = {"low": min, "high": max}
-                rows.append({"name": f"{other} against {arms[0]}: {name}", "tasks": found["on"], "n": group["tasks"],
+                rows.append({"name": f"{against}: {name}", "tasks": found["on"], "n": group["tasks"],
                              "difference": group["difference"], "p": None}
                             | {end: pick(group[key] for key in (end, f"t_{end}") if group[key] is not None)
                                for end, pick in wider.items()})  # fmt: skip
@@ -185,8 +191,14 @@ def title(arms: list[str], runs: list[dict]) -> str:
 
 
 def lead(arms: list[str], runs: list[dict]) -> str:
-    settings, tasks = runs[0]["settings"], runs[0]["tasks"]
-    teacher = f"the teacher {settings['teacher']}" if "teacher" in settings else "a teacher"
-    who = f"{settings.get('student', 'A student')} learns to repair software from {teacher}"
+
+    def of_all(name: str):
+        """The value of a setting that all runs share, else None."""
+        values = {one["settings"].get(name) for one in runs}
+        return values.pop() if len(values) == 1 else None
+
+    tasks = next((one["tasks"] for one in runs if one["tasks"]), None)
+    teacher = f"the teacher {of_all('teacher')}" if of_all("teacher") else "a teacher"
+    who = f"{of_all('student') or 'A student'} learns to repair software from {teacher}"
     how = f"{', '.join(arms)}; {len(runs)} runs" if len(runs) > 1 else f"seed {runs[0]['seed']}"
     return f"{who} ({how}): what it resolves{f' of {tasks}' if tasks else ''} after each iteration, and why not more."

@@ -111,9 +111,10 @@ class Gold:
         self.found = {}
         name = re.sub(r":\d+$", "", settings.get("tasks") or "")
         if name.endswith(".jsonl") and Path(name).is_file():
-            self.found = {
-                row.get("instance_id"): (row.get("base_commit"), row.get("patch")) for row in jsonl.read(name)
-            }
+            with contextlib.suppress(InputError):  # it may be another file by now
+                self.found = {
+                    row.get("instance_id"): (row.get("base_commit"), row.get("patch")) for row in jsonl.read(name)
+                }
 
     def of(self, trajectory: dict) -> str | None:
         commit, patch = self.found.get(trajectory["instance_id"], (None, None))

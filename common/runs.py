@@ -30,6 +30,7 @@ SETTINGS = {
     "student": ("eval", "student"),
 }  # fmt: skip
 DEFAULTS = {"keep": "all", "label_states": "all"}  # what code without these knobs did
+WHOLE = ("mix", "schedule", "beta", "prefix_turns", "acting", "teacher", "label_teacher", "keep", "student")  # see _settings
 OF_MIX = {"schedule": "turn", "beta": "turn", "prefix_turns": "prefix"}  # these say something with one --mix alone
 
 
@@ -41,6 +42,8 @@ class Run:
     name: str
     seed: int | None
     settings: dict
+    of_iterations: dict[str, dict[int, object]]
+    """setting -> iteration -> its value, for the iterations in which its stage is finished"""
     iterations: dict[int, dict | None]
     """number -> what summarise() gives; without a number 0 the untrained student was not scored"""
     best: int | None = None
@@ -58,14 +61,13 @@ def read(home: str | Path) -> Run:
         raise InputError(f"{home}: no such directory; RUN={home.name} ./run_loop.sh makes a run")
     stages = table.read_run(home, None)
     scored = any("eval" in found for number, found in stages.items() if number > 0)
-    settings, seed = _settings(stages)
+    settings, seed, of_iterations = _settings(stages)
     return Run(
-        home=home, name=home.resolve().name, seed=seed, settings=settings,
+        home=home, name=home.resolve().name, seed=seed, settings=settings, of_iterations=of_iterations,
         iterations={number: summarise(_iteration(home, number)) if number in stages else None
                     for number in range(min(1, *stages), max(stages) + 1)},
         best=table.best_iteration(stages) if scored else None,
-        test={int(path.parent.name.removeprefix("iter_")): _scores(found)
-              for path in sorted(home.glob("test/iter_*/manifest.json")) if (found := table.manifest(path))},
+        test={number: _scores(found) for number, found in table.tests(home).items()},
         teacher=_scores(table.manifest(home / "teacher/eval/manifest.json")),
     )  # fmt: skip
 
@@ -229,28 +231,44 @@ def _per_token(rows: list[dict], when: str) -> float | None:
 def arm_names(runs: list[Run]) -> list[str]:
     """A short name for the arm of each run; runs that differ in their seed alone have the same.
 
-    Where two arms would be named alike, the settings in which they differ are added; where even these are equal and so
-    are the seeds, the commit (with a mark for uncommitted changes); and at last the directory.
+    Where two arms would be named alike, the settings in which they differ are added (in the iterations that both have);
+    where even these are equal and so are the seeds, the commit (with a mark for uncommitted changes); and at last the
+    second run of a seed gets its directory.
     """
     names = [_arm_name(found.settings) for found in runs]
-    settings = [{name: _value(found, name) for name in (*SETTINGS, "aggregate")} for found in runs]
 
-    def added(name: str, mine: dict) -> str:
+    def added(name: str, mine: Run) -> str:
         """The settings in which a run differs from others of this name."""
-        alike = [theirs for other, theirs in zip(names, settings) if other == name]
-        here = [key for key in mine if mine[key] is not None and any(theirs[key] != mine[key] for theirs in alike)]
-        if "aggregate" in here and {theirs["aggregate"] for theirs in alike} <= {mine["aggregate"], None}:
-            here.remove("aggregate")  # a run of one iteration does not say: it would have been the same
-        return "".join(f", {key.replace('_', ' ')} {mine[key]}" for key in here)
+        alike = [theirs for other, theirs in zip(names, runs) if other == name]
+        here = [key for key in (*SETTINGS, "aggregate")
+                if _value(mine, key) is not None and any(_differ(mine, theirs, key) for theirs in alike)]
+        return "".join(f", {key.replace('_', ' ')} {_value(mine, key)}" for key in here)
 
-    names = [name + added(name, mine) for name, mine in zip(names, settings)]
-    for words in ([found.settings.get("code") for found in runs], [found.name for found in runs],
-                  [str(found.home) for found in runs]):
+    def twice() -> set[str]:
         arms = list(zip(names, (found.seed for found in runs)))
-        unclear = {name for name, seed in arms if arms.count((name, seed)) > 1}
-        unclear = {name for name in unclear if len({word for other, word in zip(names, words) if other == name}) > 1}
-        names = [f"{name} ({word})" if name in unclear else name for name, word in zip(names, words)]
+        return {name for name, seed in arms if arms.count((name, seed)) > 1}
+
+    names = [name + added(name, found) for name, found in zip(names, runs)]
+    codes = [found.settings.get("code") for found in runs]
+    unclear = {name for name in twice() if len({code for other, code in zip(names, codes) if other == name}) > 1}
+    names = [f"{name} ({code})" if name in unclear else name for name, code in zip(names, codes)]
+    for words in ([found.name for found in runs], [str(found.home) for found in runs]):
+        unclear, arms = twice(), list(zip(names, (found.seed for found in runs)))
+        names = [f"{name} ({word})" if name in unclear and (name, seed) in arms[:place] else name
+                 for place, ((name, seed), word) in enumerate(zip(arms, words))]  # fmt: skip
     return names
+
+
+def _differ(one: Run, other: Run, name: str) -> bool:
+    """Whether two runs have another value of a setting, as far as both of them say: their stages may not be there yet."""
+    if name == "aggregate":  # a run of one iteration does not say: it would have been the same
+        return None not in (one.settings[name], other.settings[name]) and one.settings[name] != other.settings[name]
+    mine, theirs = one.of_iterations[name], other.of_iterations[name]
+    if name in WHOLE:
+        return bool(mine and theirs) and _value(one, name) != _value(other, name)
+    default = DEFAULTS.get(name)
+    return any((default if mine[i] is None else mine[i]) != (default if theirs[i] is None else theirs[i])
+               for i in mine.keys() & theirs.keys())  # fmt: skip
 
 
 def check_comparable(runs: list[Run]) -> None:
@@ -259,22 +277,25 @@ def check_comparable(runs: list[Run]) -> None:
     The tasks and their contents, who graded and for how long, the prompts, the agent's limits and the student's
     sampling must be equal; on the evaluation tasks in all iterations, and on the test tasks.
     """
-    for pattern in ("iter_[0-9][0-9][0-9]/eval", "test/iter_*"):
+    for pattern in ("iter_[0-9][0-9][0-9]/eval", "test/iter_[0-9][0-9][0-9]"):
         places = [place for found in runs for place in sorted(found.home.glob(pattern))]
         evaluations = [(place, content) for place in places if (content := table.manifest(place / "manifest.json"))]
-        for place, content in evaluations[1:]:
-            first, reference = evaluations[0]
-            then, now = _conditions(reference), _conditions(content)
-            for name in dict.fromkeys((*then, *now)):
-                unknown = name in ("grader", "sandbox") and None in (then[name], now[name])
-                if then.get(name) != now.get(name) and not unknown:
-                    one, other = then.get(name), now.get(name)
+        asked = [_conditions(content) for _, content in evaluations]
+        for name in dict.fromkeys(name for found in asked for name in found):
+            unknown = (None,) if name in ("grader", "sandbox") else ()  # older code did not say
+            known = [place for place, found in enumerate(asked) if found.get(name) not in unknown]
+            for place in known[1:]:
+                if asked[place].get(name) != asked[known[0]].get(name):
+                    both = [evaluations[known[0]], evaluations[place]]
                     if name == "tasks":  # the spec is for the eye, the contents decide
-                        one, other = (f"{found['settings']['tasks']} (contents {found['same']['tasks']})"
-                                      for found in (reference, content))
+                        words = [f"{found['settings']['tasks']} (contents {found['same']['tasks']})" for _, found in both]
+                    else:
+                        words = [asked[known[0]].get(name), asked[place].get(name)]
+                    what = "these runs" if len(runs) > 1 else "the iterations of this run"
                     raise InputError(
-                        f"these runs cannot be compared: {name} is {one} in {first} and {other} in "
-                        f"{place}; evaluate both alike (04_eval.py), or look at one run at a time"
+                        f"{what} cannot be compared: {name} is {words[0]} in {both[0][0]} and {words[1]} in "
+                        f"{both[1][0]}; evaluate both alike (04_eval.py)"
+                        + (", or look at one run at a time" if len(runs) > 1 else "")
                     )
 
 
@@ -312,8 +333,8 @@ def _value(found: Run, name: str):
     return DEFAULTS.get(name) if value is None else value
 
 
-def _settings(stages: dict[int, dict[str, dict]]) -> tuple[dict, int | None]:
-    """The settings that make a run's arm, and the seed.
+def _settings(stages: dict[int, dict[str, dict]]) -> tuple[dict, int | None, dict[str, dict]]:
+    """The settings that make a run's arm, the seed, and Run.of_iterations.
 
     What says who acts is taken from the last iteration (the first one may be shared between arms: at beta = 1 all are
     SFT); of all else the values of all iterations count, with commas between them where they differ.
@@ -326,12 +347,14 @@ def _settings(stages: dict[int, dict[str, dict]]) -> tuple[dict, int | None]:
         found = content.get("same", {}).get("prompts") if name == "prompts" else content["settings"].get(name)
         return found and _who(found) if name in ("student", "teacher") else found
 
-    def of_all(setting: str, stage: str, name: str):
-        values = [value(found[stage], name) for found in stages.values() if stage in found]
+    def of_all(setting: str):
+        values = list(every[setting].values())
         shown = dict.fromkeys(str(DEFAULTS.get(setting) if one is None else one) for one in values)
         return ",".join(shown) if len(shown) > 1 else values[-1] if values else None
 
-    settings = {setting: of_all(setting, stage, name) for setting, (stage, name) in SETTINGS.items()}
+    every = {setting: {i: value(found[stage], name) for i, found in stages.items() if stage in found}
+             for setting, (stage, name) in SETTINGS.items()}  # fmt: skip
+    settings = {setting: of_all(setting) for setting in SETTINGS}
     settings |= {name: last["collect"]["settings"].get(name) for name in ("mix", *OF_MIX) if "collect" in last}
     settings |= {name: None for name, mix in OF_MIX.items() if settings["mix"] != mix}
     settings["student"] = value(last["eval"], "student") if "eval" in last else settings["acting"]
@@ -347,7 +370,7 @@ def _settings(stages: dict[int, dict[str, dict]]) -> tuple[dict, int | None]:
     made = last.get("collect") or next(iter(last.values()))
     commit, diff = made.get("commit"), made.get("diff")
     settings["code"] = commit and f"{commit[:9]}" + (f" with changes {run.hash_json(diff)[:4]}" if diff else "")
-    return settings, seeds[0] if seeds else None
+    return settings, seeds[0] if seeds else None, every
 
 
 def _who(policy: str) -> str:

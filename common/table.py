@@ -61,6 +61,21 @@ def best_iteration(table: dict[int, dict[str, dict]]) -> int:
     return max(scored, key=lambda i: (scored[i], -i))
 
 
+def tests(home: Path) -> dict[int, dict]:
+    """iteration -> manifest of its finished evaluation on the test tasks. Raises InputError where it scored other weights
+    than lie there now."""
+    found = {}
+    for path in sorted(home.glob("test/iter_[0-9][0-9][0-9]")):
+        if tested := manifest(path / "manifest.json"):
+            evaluated = manifest(home / path.name / "eval/manifest.json")
+            hashes = [((made or {}).get("same", {}).get("student") or {}).get("adapter_hash") for made in (tested, evaluated)]
+            if None not in hashes and hashes[0] != hashes[1]:
+                raise InputError(f"{path}: this score is of other weights than {home / path.name}/eval: the student was "
+                                 "trained again since; run this evaluation again with --overwrite, or move it away")
+            found[int(path.name.removeprefix("iter_"))] = tested
+    return found
+
+
 def of_all(summary: dict) -> str:
     """What to add where tasks were not run: the official rate counts all of them (04_eval.py, rate_of_all)."""
     return f"; of all {summary['rate_of_all']:.0%}" if summary.get("rate_of_all") is not None else ""
@@ -139,15 +154,13 @@ def show(home: Path, iterations: int | None) -> None:
         print(f"best on {table[best]['eval']['settings']['tasks']}: iteration {best}")
     else:
         print("no iteration is evaluated yet")
-    for path in sorted(home.glob("test/iter_*/manifest.json")):
-        if tested := manifest(path):
-            number = int(path.parent.name.removeprefix("iter_"))
-            chosen = "chosen" if number == best else "chosen by a shorter run"
-            score = "%s (%s)" % _score(tested["summary"])
-            print(f"on {tested['settings']['tasks']}, iteration {number} ({chosen}): {score}")
-            for name, group in run.read_object(path.parent / "summary.json")["groups"].items():
-                if not name.startswith("family "):
-                    print(f"    {name}: %s (%s)" % _score(group))
+    for number, tested in tests(home).items():
+        chosen = "chosen" if number == best else "chosen by a shorter run"
+        score = "%s (%s)" % _score(tested["summary"])
+        print(f"on {tested['settings']['tasks']}, iteration {number} ({chosen}): {score}")
+        for name, group in run.read_object(home / f"test/iter_{number:03d}/summary.json")["groups"].items():
+            if not name.startswith("family "):
+                print(f"    {name}: %s (%s)" % _score(group))
     every = [run.read_object(path) for path in home.rglob("*manifest.json")]
     minutes = sum(content.get("seconds", 0) for content in every) / 60
     memory = max(content.get("peak_memory_mb", 0) for content in every) / 1024

@@ -5,6 +5,7 @@ run with the scripts themselves.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -151,8 +152,18 @@ def test_the_adapter_goes_out_as_it_is_with_its_facts(tmp_path, capsys):
 
 def test_another_iteration_than_the_best(tmp_path):
     home = make_run(tmp_path / "run", tiny.model_dir(tmp_path))
+    shutil.copytree(home / "iter_002/eval", home / "test/iter_002")
+    place = home / "test/iter_002/manifest.json"
+    place.write_text(place.read_text().replace("toy:dev", "toy:test"))
     text = (give(home, "peft", tmp_path / "out", iteration=1) / "README.md").read_text()
     assert "20/80 = 25%" in text and "(iteration 2 scored more)" in text and "| labels | 5 of iteration 1 |" in text
+    assert "was not scored on a test split" in text and "It was measured on `toy:dev` as above, and on nothing" in text
+    text = (give(home, "peft", tmp_path / "two") / "README.md").read_text()
+    assert "tasks that chose nothing: 40/80 = 50%" in text and "on `toy:dev` and `toy:test` as above" in text
+    shutil.rmtree(home / "iter_002/eval")
+    place.write_text(place.read_text().replace('"adapter_hash": "', '"adapter_hash": "0'))
+    with pytest.raises(InputError, match="not the adapter that was evaluated .* 04_eval.py --out .*test/iter_002"):
+        give(home, "peft", tmp_path / "three", iteration=2)
 
 
 def test_an_adapter_of_a_quantised_base_says_what_the_change_costs(tmp_path, capsys):
@@ -370,9 +381,10 @@ def test_an_export_is_whole_or_not_there(tmp_path, monkeypatch):
         give(home, "peft", out)
     assert not list(tmp_path.glob("out*"))
     monkeypatch.undo()
-    (tmp_path / "out.part").mkdir()  # what kill -9 leaves
+    (tmp_path / ".out.half-exported").mkdir()  # what kill -9 leaves
+    (tmp_path / "out.old").mkdir()  # somebody's
     give(home, "peft", out)
-    assert {path.name for path in tmp_path.glob("out*")} == {"out", "out.manifest.json"}
+    assert {path.name for path in tmp_path.iterdir() if "out" in path.name} == {"out", "out.manifest.json", "out.old"}
     with pytest.raises(InputError, match="--overwrite replaces it"):
         give(home, "peft", out)
     (out / "stray").touch()
@@ -395,6 +407,7 @@ def test_the_command(tmp_path):
     done = command(home, "--format", "peft")
     assert done.returncode == 0 and (home / "export/peft/README.md").is_file(), done.stderr
     assert str(home) in json.loads((home / "export/peft.manifest.json").read_text())["command"]
-    for words in ((home, "--format", "gguf"), ("--format", "peft"), (home / "iter_001", "--format", "peft")):
+    for words in ((home, "--format", "gguf"), ("--format", "peft"), (home / "iter_001", "--format", "peft"),
+                  (home, "--format", "peft", "--out", "."), (home, "--format", "peft", "--out", "")):  # fmt: skip
         done = command(*words)
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr

@@ -67,6 +67,9 @@ def test_seeds_together_by_hand():
     one = metrics.combine_seeds([pair(0, 0, 1, 1)])
     assert (one["low"], one["high"], one["t_low"], one["t_high"]) == (0, 1, None, None)
     assert metrics.combine_seeds([pair(4, 0, 1, 5), pair(4, 0, 3, 3)]) == found
+    # Five seeds with the same outcomes are one about other tasks: what they share does not average out.
+    one, five = (metrics.combine_seeds([pair(20, 4, 16, 20)] * seeds) for seeds in (1, 5))
+    assert [five["low"], five["high"]] == pytest.approx([one["low"], one["high"]], abs=0.03) and one["high"] - one["low"] > 0.2
 
 
 def test_intervals_over_seeds_cover_the_truth():
@@ -236,9 +239,37 @@ def test_the_names_of_arms(tmp_path):
     union, window = (metrics.read(make_run(tmp_path / name, three, **options)) for name, options in more.items())
     assert metrics.arm_names([union, window]) == ["DAgger linear:2, aggregate union", "DAgger linear:2, aggregate window:1"]
     again = metrics.read(make_run(tmp_path / "again", three, data=more["union"]["data"]))
-    assert metrics.arm_names([union, again]) == ["DAgger linear:2 (union)", "DAgger linear:2 (again)"]
+    assert metrics.arm_names([union, again]) == ["DAgger linear:2", "DAgger linear:2 (again)"]  # a copy leaves the arm whole
     again.settings["code"] = "ccccccccc with changes 1a2b"
     assert metrics.arm_names([union, again]) == ["DAgger linear:2 (ccccccccc)", "DAgger linear:2 (ccccccccc with changes 1a2b)"]
+
+
+def test_a_run_that_is_not_finished_is_of_its_arm(tmp_path):
+    """What its stages have not come to yet is no difference, and does not make it what all others are set against."""
+    half = make_run(tmp_path / "s0", THREE, mix="teacher", lr=(1e-4, 2e-4))
+    for name in ("iter_001/eval", "iter_002"):
+        shutil.rmtree(half / name)
+    whole = [make_run(tmp_path / f"s{seed}", THREE, mix="teacher", seed=seed, lr=(1e-4, 2e-4)) for seed in (1, 2)]
+    other = make_run(tmp_path / "d1", THREE, seed=1, lr=(1e-4, 2e-4))
+    runs = [metrics.read(home) for home in (half, *whole, other)]
+    assert metrics.arm_names(runs) == ["SFT"] * 3 + ["DAgger linear:2"]
+    (begun := tmp_path / "s9").mkdir()
+    shutil.copytree(half / "iter_000", begun / "iter_000")
+    shown = table(begun, *(found.home for found in runs))
+    assert "DAgger linear:2 against SFT, each at its chosen iteration" in shown
+    assert "not collected against SFT: no seed in which both were evaluated" in shown
+
+
+def test_a_score_of_other_weights_is_not_quoted(tmp_path):
+    home = make_run(tmp_path / "run", test=[1, 1])
+    shutil.copytree(home / "test/iter_001", home / "test/iter_001.bak")  # somebody's copy: neither read nor in the way
+    for place, found in ((home / "test/iter_001", "old"), (home / "iter_001/eval", "new")):
+        content = json.loads((place / "manifest.json").read_text())
+        content["same"]["student"]["adapter_hash"] = found
+        (place / "manifest.json").write_text(json.dumps(content))
+        assert list(metrics.read(home).test) == [1] if found == "old" else True
+    with pytest.raises(InputError, match="test/iter_001: this score is of other weights than .*/iter_001/eval"):
+        metrics.read(home)
 
 
 THREE = ((0, 0), (0, 1), (1, 1))
@@ -297,6 +328,16 @@ def test_only_what_both_recorded_is_compared(tmp_path):
         content = json.loads(place.read_text())
         place.write_text(json.dumps(content | {"same": content["same"] | {"grader": "local"}}))
     metrics.check_comparable([metrics.read(home) for home in (a, b, c)])
+    unsaid, official = (make_run(tmp_path / name, grader=grader) for name, grader in (("d", None), ("e", "swebench")))
+    with pytest.raises(InputError, match="grader is local in .*/a/iter_000/eval and swebench in .*/e/iter_000/eval"):
+        metrics.check_comparable([metrics.read(home) for home in (unsaid, a, official)])
+
+
+def test_iterations_of_a_run_that_were_evaluated_differently_are_refused(tmp_path):
+    home = make_run(tmp_path / "run")
+    evaluation(home / "iter_001/eval", [1], on="toy:dev:1", tasks_hash="d1")
+    told = table(home, code=2)
+    assert "the iterations of this run cannot be compared: tasks is toy:dev (contents d0) in" in told and "one run at a time" not in told
 
 
 def table(*homes, code=0):

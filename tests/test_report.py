@@ -150,8 +150,15 @@ def test_what_is_missing_is_said(tmp_path):
 def test_cost_by_hand(tmp_path):
     """An iteration: 100 + 10 + 200 + 20 tokens collecting, 50 + 5 relabelling, three minutes; its evaluation apart."""
     home = small_run(tmp_path / "run")
-    spent = [part["spent"] for part in report_numbers.describe_runs([metrics.read(home)])["runs"][0]["iterations"]]
-    assert spent == [{"tokens": n * 385, "minutes": n * 3.0, "dollars": None} for n in range(3)]
+
+    def spent():
+        return [part["spent"] for part in report_numbers.describe_runs([metrics.read(home)])["runs"][0]["iterations"]]
+
+    assert spent() == [{"tokens": n * 385, "minutes": n * 3.0, "dollars": None} for n in range(3)]
+    for place, cost in (("labels.jsonl.manifest.json", 0.5), ("eval/manifest.json", 100)):
+        for path in home.glob(f"iter_*/{place}"):
+            path.write_text(path.read_text().replace('"summary": {', f'"summary": {{"cost": {cost}, '))
+    assert [part["dollars"] for part in spent()] == [0, 0.5, 1]
 
 
 def test_several_runs_are_compared(tmp_path):
@@ -161,11 +168,13 @@ def test_several_runs_are_compared(tmp_path):
     data, _ = contents(tmp_path / "page.html")
     assert data["arms"] == ["DAgger linear:2", "SFT"] and [one["arm"] for one in data["runs"]] == [0, 0, 1, 1]
     assert [one["rate"] for one in data["means"][0]["iterations"]] == [0.0, 0.25, 0.875]
+    assert data["lead"].startswith("hf:m learns to repair software from the teacher oracle (")
     assert data["means"][1]["test"] == {"rate": 0.5, "seeds": 2}
     assert [pair["name"] for pair in data["pairs"]][:2] == [
         "SFT against DAgger linear:2, seed 0",
         "SFT against DAgger linear:2, seed 1",
     ]
+    assert data["pairs"][2]["name"] == "SFT against DAgger linear:2, 2 seeds together (bootstrap over seeds and tasks)"
     assert len(data["pairs"]) == 4 and all(pair["difference"] == 0 for pair in data["pairs"])
     assert {row["run"] for row in rows(data)} == {0, 1, 2, 3}
     mean = {"runs": 2, "tasks": 4, "resolved": 2, "failure_modes": {"tests_failed": 2}}
@@ -222,6 +231,9 @@ def test_every_failure_mode_has_its_definition():
     (["no-run"], "no such directory"),
     (["empty"], "no finished stage"),
     (["one", "two"], "--out"),
+    (["one", "two", "--out", ""], "its name ends in .html"),
+    (["one", "--out", "one/iter_001/labels.jsonl"], "its name ends in .html"),
+    (["one", "--out", "."], "its name ends in .html"),
     (["one", "one", "--out", "x.html"], "given twice"),
     (["one", "other", "--out", "x.html"], "cannot be compared: tasks is"),
     ([], "which runs?"),

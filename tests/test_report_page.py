@@ -100,6 +100,8 @@ class TestBrowser:
         seen = page.run("return document.querySelector('#turn-0 .observation').innerText")
         assert "</script><script>window.ran = 1</script><img src=x onerror='window.ran = 2'>" in seen
         assert "\u241b[31mred\u27e8U+202E\u27e9{{chunks}}" in seen  # what cannot be seen is shown
+        hidden = page.run("return visible('a\\u{e0061}\\u00ad\\u3164b\\u00e9\\u{1f600}')")
+        assert hidden == "a\u27e8U+E0061\u27e9\u27e8U+00AD\u27e9\u27e8U+3164\u27e9b\u00e9\U0001f600"
         assert page.run("return document.querySelectorAll('img').length") == 0
         assert page.run("return window.ran === undefined")
         assert page.log() == []

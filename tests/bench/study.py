@@ -8,8 +8,11 @@ What was decided before the first result on toy:study2 was there, and is what `t
 * The first question: dagger - sft, with the same budget of labels and optimiser steps, over seeds 1 to 5 (seed 0 chose the
   design). The checkpoint is chosen on dev, so an arm may stop before its budget is spent. The answer is the
   mean difference with two 95 % intervals, the hierarchical bootstrap over seeds and tasks and the t-interval over the
-  per-seed differences; the wider one counts. (Both are about other seeds on these 300 tasks.) "DAgger is ahead" is said
+  per-seed differences; the wider one counts. (The second one is about other seeds on these 300 tasks.) "DAgger is ahead" is said
   only if that one is clear of zero. The aim was 10 points.
+  Corrected on 2026-11-26, when 16 of the 22 runs had results: that bootstrap drew tasks anew in each of its seeds, as if
+  every seed had tasks of its own, and was too narrow. It draws them once for all seeds now, which made every interval of
+  several seeds wider (that of dagger - sft was +46.1 to +55.1).
 * Second questions, each with the same two intervals and without a claim of their own (they are many): every other arm
   against sft (seeds 1 to 3), dagger against sft-tasks (the match by tasks, seeds 1 to 3), and dagger - sft by kind of task
   (direct, follow; told, computed, families not in train). Added on 2026-11-26, when only sft and dagger had results: dagger
@@ -297,7 +300,7 @@ def arms_of(lines: dict) -> dict[str, list[dict]]:
 
 def in_short(arm: str, found: list[dict], apart: dict[str, list[int]], family_groups: list[str]) -> list[str]:
     """A row of the table that the README shows."""
-    wrong = sum(len(one["erred"]) for one in found)
+    wrong = max(1, sum(len(one["erred"]) for one in found))
     again = sum(len(set(one["erred"]) & set(one["edited_again"])) for one in found) if "edited_again" in found[0] else None
     back = sum(one["resolved"][i] == "1" for one in found for i in one["erred"])
     seen = [part for one in found for part in one["iterations"][: one["chosen"]]]
@@ -385,7 +388,7 @@ def tables(path: Path) -> None:
 
 
 def main() -> None:
-    command, *rest = sys.argv[1:]
+    command, *rest = sys.argv[1:] or ["help"]
     if command == "has":
         print("yes" if any((found["arm"], found["seed"]) == (rest[0], int(rest[1])) for found in read()) else "no")
     elif command == "match-tasks":
