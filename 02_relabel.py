@@ -153,12 +153,10 @@ def work(args: Args) -> None:
             raise InputError(f"{' '.join(args.trajectories)}: --keep resolved, and none of these resolved its task")
     order = choose_states(args, trajectories)
     selected = set(order)
-    sampling = (recorded["teacher"] or recorded["student"])["sampling"]
+    then = schema.asked(recorded, f"{args.trajectories[0]}: {recorded['trajectory_id']}")
     teacher = policies.open_policy(
         args.teacher, role="teacher", batch=args.workers, **args.options("teacher"),
-        temperature=sampling["temperature"] if args.temperature is None else args.temperature,
-        top_p=sampling["top_p"] if args.top_p is None else args.top_p,
-        max_new_tokens=recorded["limits"]["max_new_tokens"], max_context=recorded["limits"]["max_context"],
+        **then | {name: given for name in ("temperature", "top_p") if (given := getattr(args, name)) is not None},
     )  # fmt: skip
 
     meter = cost.Meter(args.out, args.price, args.max_cost)

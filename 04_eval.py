@@ -286,7 +286,7 @@ def result(row: dict, record: dict, verdict: dict, grader: str, seconds: float) 
     from common.metrics import failure_mode
 
     turns = [m for m in record.get("messages", []) if m["role"] == "assistant"]
-    tokens = {kind: sum(m["tokens"][kind] or 0 for m in turns) for kind in TOKENS}
+    tokens = {kind: sum(m["tokens"].get(kind) or 0 for m in turns) for kind in TOKENS}
     return {
         "schema": schema.VERSION,
         "instance_id": record["instance_id"],
@@ -368,7 +368,8 @@ def read_patches(args: Args, rows: dict[str, dict]) -> list[dict]:
         if key in seen:
             raise InputError(f"{where}: {key!r} is there twice")
         seen.add(key)
-        given.append(record)
+        # Whatever else a prediction has (the whole row of its task, say) is none of ours.
+        given.append({"instance_id": name, "model_patch": record["model_patch"]} if args.predictions else record)
     if args.predictions:
         given += [{"instance_id": name, "model_patch": ""} for name in rows if name not in seen]
     return given

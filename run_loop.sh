@@ -53,23 +53,33 @@ DRY_RUN=${DRY_RUN:-0}                     # 1: print the commands, touch nothing
 bad() { echo "$1" >&2; exit 2; }
 [[ $AGGREGATE =~ ^(current|union|window:[1-9][0-9]*)$ ]] || bad "AGGREGATE is current, union or window:K, not $AGGREGATE"
 [[ $KEEP =~ ^(all|resolved)$ ]] || bad "KEEP is all or resolved, not $KEEP"
-[[ $LABEL_STATES =~ ^(all|student|uncertain:[0-9.]+)$ ]] || bad "LABEL_STATES is all, student or uncertain:P, not $LABEL_STATES"
+[[ $LABEL_STATES =~ ^(all|student|uncertain:(1|0?\.[0-9]*[1-9][0-9]*))$ ]] || bad "LABEL_STATES is all, student or uncertain:P, not $LABEL_STATES"
 [[ $MAX_LABELS =~ ^([1-9][0-9]*(,[1-9][0-9]*)*)?$ ]] || bad "MAX_LABELS is N, or N1,N2,... for one iteration after the other, not $MAX_LABELS"
 [[ $MIX =~ ^(turn|prefix|teacher|student)$ ]] || bad "MIX is turn, prefix, teacher or student, not $MIX"
 for name in ITERATIONS SAMPLE WORKERS CONTEXT TRAIN_GPUS; do
     [[ ${!name} =~ ^[1-9][0-9]*$ ]] || bad "$name is a number, 1 or more, not ${!name}"
 done
-[[ $SEED =~ ^(0|[1-9][0-9]*)$ ]] || bad "SEED is a number, 0 or more, not $SEED"
+[[ $SEED =~ ^(0|[1-9][0-9]{0,17})$ ]] || bad "SEED is a number, 0 or more, of at most 18 digits, not $SEED"
+dollars='[0-9]*\.?[0-9]+'
+[[ $PRICE =~ ^($dollars,$dollars,$dollars)?$ ]] || bad "PRICE is IN,CACHED,OUT, dollars per million tokens, not $PRICE"
+[[ $MAX_COST =~ ^($dollars)?$ ]] || bad "MAX_COST is a number of dollars, not $MAX_COST"
+[ -z "$MAX_COST" ] || [ -n "$PRICE" ] || bad "MAX_COST=$MAX_COST needs the PRICE of the teacher"
+[[ $LR =~ ^[0-9]*\.?[0-9]+(e-?[0-9]+)?$ ]] || bad "LR is a number, not $LR"
+[[ $MIX != prefix || $PREFIX_TURNS =~ ^[0-9]+:[0-9]+$ ]] || bad "PREFIX_TURNS is START:GROWTH, not $PREFIX_TURNS"
+[[ $RUN != *,* ]] || bad "RUN is $RUN: a comma in it would end the name of an adapter"
 for name in INLINE KEEP_REASONING DRY_RUN; do [[ ${!name} =~ ^[01]$ ]] || bad "$name is 0 or 1, not ${!name}"; done
 [ "$INLINE" = 0 ] || [ "$KEEP$LABEL_STATES$MAX_LABELS" = allall ] ||
     bad "INLINE=1 (in PRESET=api-teacher the default) asks for the label of every turn of the student: it does not go with KEEP, LABEL_STATES or MAX_LABELS; INLINE=0 does"
 [[ $STUDENT =~ ^(hf|vllm):. ]] || bad "STUDENT is trained here, so it is hf:MODEL or vllm:MODEL, not $STUDENT"
+[[ $TEACHER =~ ^(oracle$|oracle,|(openai|vllm|hf|replay):.) ]] || bad "TEACHER is oracle or a model behind openai:, vllm: or hf:, not $TEACHER"
 [[ $STUDENT != *,adapter=* ]] || bad "STUDENT is the base that every iteration's adapter is for, without an adapter= of its own"
+[[ $STAGES =~ [a-z] ]] || bad "STAGES names no stage"
 for name in ${STAGES//,/ }; do
     [[ $name =~ ^(baseline|collect|relabel|train|eval|report|test)$ ]] ||
         bad "STAGES is some of baseline,collect,relabel,train,eval,report,test, and $name is none of them"
 done
 if [ "$DRY_RUN" = 1 ]; then PYTHON=.venv/bin/python; else . common/setup.sh; fi
+if [ "$DRY_RUN $MIX" = "0 turn" ]; then "$PYTHON" -m common.mixing "$SCHEDULE" >/dev/null; fi  # before any work, too
 
 case $RUN in /*) run=$RUN ;; *) run=runs/$RUN ;; esac
 base=${STUDENT%%,*} model=${base#*:}

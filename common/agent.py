@@ -68,9 +68,10 @@ def rollout(
     ask: Callable[[int, list[dict]], tuple],
     flags: AgentFlags,
     watch: Callable[[dict], None] = lambda message: None,
+    count: Callable[[str], int | None] = lambda text: None,
 ) -> dict:
     """Run one episode in the started sandbox `box`. `ask(turn, chat)` returns (actor, policies.Answer); `watch` sees each
-    message as it is stored.
+    message as it is stored; `count` gives the tokens of a turn where the answer does not.
 
     Returns {"messages", "exit_status", "patch"}. The patch is the difference of the tree to base_commit however the
     episode ended. Raises InfraError, with what there was in its attribute `record`, where engine or service failed.
@@ -98,6 +99,7 @@ def rollout(
             spent += answer.seconds
             text = harmless(answer.text)
             command = actions.parse(text)
+            tokens_out = count(text) if answer.tokens_out is None else answer.tokens_out
             store(
                 {
                     "role": "assistant",
@@ -106,7 +108,7 @@ def rollout(
                     "actor": actor,
                     "command": command,
                     "finish_reason": answer.finish_reason,
-                    "tokens": {"in": answer.tokens_in, "cached": answer.tokens_cached, "out": answer.tokens_out},
+                    "tokens": {"in": answer.tokens_in, "cached": answer.tokens_cached, "out": tokens_out},
                     "seconds": round(answer.seconds, 3),
                     "logprob": answer.logprob,
                 }
@@ -139,7 +141,7 @@ def rollout(
                         "truncated": False,
                     }
                 )
-            generated += answer.tokens_out or 0
+            generated += tokens_out or 0
             if without_command >= FORMAT_LIMIT:
                 status = "format_limit"
                 break
@@ -166,7 +168,7 @@ def trajectory(
 ) -> dict:
     """One record of a trajectories file: `head` (who, where, which seed), then an episode in a sandbox of its own.
 
-    `count` gives the tokens of turns whose policy has no tokenizer. Raises InfraError as `rollout` does, with the record.
+    `watch`, `count` and InfraError as in `rollout`; the error has the record.
     """
     started = time.time()
     record = {
@@ -186,13 +188,10 @@ def trajectory(
                 box = stack.enter_context(
                     sandbox.open_sandbox(row, flags.sandbox, flags.command_timeout, network=flags.network,
                                          trajectory=record["trajectory_id"]))  # fmt: skip
-            record |= rollout(row, box, ask, flags, watch)
+            record |= rollout(row, box, ask, flags, watch, count)
     except InfraError as error:
         error.record = record | getattr(error, "record", {"messages": [], "exit_status": "infra_error", "patch": ""})
         raise
-    for message in record["messages"]:
-        if message["role"] == "assistant" and message["tokens"]["out"] is None:
-            message["tokens"]["out"] = count(message["content"])
     return record | {"usage": usage(record["messages"]), "started": started, "finished": time.time()}
 
 

@@ -51,10 +51,14 @@ class Meter:
         if overwrite:
             self.path.unlink(missing_ok=True)
         if self.path.exists():
-            for line in self.path.read_text().splitlines():
+            text = self.path.read_text()
+            if text and not text.endswith("\n"):  # torn by a kill: what follows is not to join it
+                with open(self.path, "a", encoding="utf-8") as stream:
+                    stream.write("\n")
+            for line in text.splitlines():
                 try:
                     usage = json.loads(line)
-                except ValueError:  # torn by a kill
+                except ValueError:
                     continue
                 self.spent += self.cost(usage["in"], usage["cached"], usage["out"])
         self.stream = open(self.path, "a", encoding="utf-8", buffering=1)

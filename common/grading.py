@@ -55,6 +55,7 @@ def grade(row: dict, patch: str, *, timeout: float = 600.0) -> dict:
     Returns resolved, tests_status (as SWE-bench's report has it), tampered, patch_applied and log. Raises InputError
     for a row that cannot be graded (its own patches do not apply), InfraError if the sandbox breaks.
     """
+    check_command(row)
     tests = {kind: test_list(row, kind) for kind in ("FAIL_TO_PASS", "PASS_TO_PASS")}
     with LocalSandbox(row, output_limit=KEPT_LOG) as sandbox:
         checkout = sandbox.checkout
@@ -180,9 +181,13 @@ def apply_patch(row: dict, checkout: Checkout, patch: str) -> Files:
     except PatchError as error:
         if OUTSIDE.search(patch):
             raise
+        try:
+            text = os.fsencode(patch)
+        except UnicodeEncodeError:  # half a character: no file can hold it
+            raise error from None
         with LocalSandbox(row) as other:
             path = other.folder / "tmp" / "tmp" / "agent.patch"
-            path.write_bytes(os.fsencode(patch))
+            path.write_bytes(text)
             path.chmod(0o644)
             code = other.run("patch --batch --fuzz=5 -p1 --no-backup-if-mismatch -i /tmp/agent.patch").exit_code
             if code == 127:
@@ -303,6 +308,19 @@ def _python_path(row: dict, inside: bool) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # The tests
 
+def check_command(row: dict) -> None:
+    """Raises InputError where the outcomes of this row's tests could not be read."""
+    command, parser = row["local"].get("test_cmd") or DEFAULT_TEST_COMMAND, row["local"].get("log_parser")
+    if not parser and not PYTEST.search(command):
+        raise InputError(f"{row['instance_id']}: local.test_cmd {command!r} does not run pytest, "
+                         "so local.log_parser must say how to read what it prints")
+    if parser:
+        from swebench.harness.log_parsers import PARSER_REGISTRY  # late: it takes seconds
+
+        if parser not in PARSER_REGISTRY:
+            raise InputError(f"{row['instance_id']}: unknown log_parser {parser!r}; swebench has {', '.join(sorted(PARSER_REGISTRY))}")
+
+
 def run_tests(sandbox: LocalSandbox, tests: dict[str, list[str]], files: Files, touched: list[str], timeout: float,
               log: list[str]) -> dict[str, str]:
     """Run the listed tests; returns name -> PASSED, XFAIL, FAILED, ... and adds what was printed to the log."""
@@ -311,9 +329,7 @@ def run_tests(sandbox: LocalSandbox, tests: dict[str, list[str]], files: Files, 
     names = [name for listed in tests.values() for name in listed]
     if parser:
         return _run_printing(sandbox, parser, command, names, files, touched, timeout, log)
-    if not (found := PYTEST.search(command)):
-        raise InputError(f"{sandbox.row['instance_id']}: local.test_cmd {command!r} does not run pytest, "
-                         f"so local.log_parser must say how to read what it prints")
+    found = PYTEST.search(command)
     wanted = [path for path in dict.fromkeys(name.split("::")[0] for name in names if "::" in name) if path in files]
     arguments = " ".join(map(shlex.quote, wanted or [path for path in touched if path in files]))
     if len(arguments) > 100_000:
@@ -404,9 +420,7 @@ def _run_printing(sandbox: LocalSandbox, parser: str, command: str, names: list[
                   timeout: float, log: list[str]) -> dict[str, str]:
     """Run a task's own test runner on the files of the test patch, and read its print with a parser of swebench's."""
     from swebench.harness.log_parsers import PARSER_REGISTRY  # late: it takes seconds
-    if parser not in PARSER_REGISTRY:
-        raise InputError(f"{sandbox.row['instance_id']}: unknown log_parser {parser!r}; swebench has "
-                         f"{', '.join(sorted(PARSER_REGISTRY))}")
+
     arguments = " ".join(shlex.quote(path) for path in touched if path in files)
     log.append(f"$ {command} {arguments}")
     result = sandbox.execute(f"{command} {arguments}", timeout=timeout, output_limit=20_000_000)

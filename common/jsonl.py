@@ -20,11 +20,11 @@ from common.errors import InputError
 def read(path: str | Path, kind: str | None = None) -> Iterator[dict]:
     """Records of a JSONL file, each validated as `kind` (see schema.TYPES). Raises InputError with file and line."""
     try:
-        stream = open(path, encoding="utf-8")
+        stream = open(path, "rb")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     with stream:
-        reader = jsonlines.Reader(stream)
+        reader = jsonlines.Reader(stream)  # decodes line by line, so that the number of a damaged one is its own
         number = 0
         while True:
             number += 1
@@ -32,7 +32,7 @@ def read(path: str | Path, kind: str | None = None) -> Iterator[dict]:
                 record = reader.read(type=dict)
             except EOFError:
                 return
-            except (jsonlines.InvalidLineError, UnicodeDecodeError) as error:
+            except (jsonlines.InvalidLineError, UnicodeDecodeError, RecursionError) as error:
                 raise InputError(f"{path}:{number}: not a JSON object: {str(error)[:200]}") from None
             yield schema.check(record, kind, f"{path}:{number}") if kind else record
 
@@ -102,9 +102,12 @@ class Output:
                 print(f"{self.part}:{number}: dropped a torn last line; it is done again", file=sys.stderr)
                 break
             try:
-                record = schema.check(json.loads(line), self.kind, f"{self.part}:{number}")
-            except ValueError:
-                raise InputError(f"{self.part}:{number}: not JSON; --overwrite starts the file again") from None
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if not isinstance(record, dict):
+                raise InputError(f"{self.part}:{number}: not a JSON object; --overwrite starts the file again")
+            schema.check(record, self.kind, f"{self.part}:{number}")
             self.places[self.key(record)] = (offset, len(line))
             offset += len(line)
         return offset

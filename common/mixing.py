@@ -1,11 +1,14 @@
 """Who acts: the schedules of beta, the draw that decides between teacher and student, and where a prefix ends.
 
+    python -m common.mixing linear:2         beta of the first ten iterations
+
 Sources: DAgger (Ross, Gordon, Bagnell 2011), turn-level mixing as in arXiv 2605.12913; prefixes as in AggreVaTe (Ross,
 Bagnell 2014). Every draw depends on (seed, iteration, instance, attempt, turn) alone, so that neither the number of
 workers nor another task changes it.
 """
 
 import hashlib
+import sys
 
 from common.errors import InputError
 
@@ -64,3 +67,11 @@ def beta_at(schedule: str, iteration: int) -> float:
     if name == "constant" and number is not None and 0 <= number <= 1:
         return number
     raise InputError(f"schedule {schedule!r} is none of {SCHEDULES} (K > 0, 0 <= P, B <= 1)")
+
+
+if __name__ == "__main__":
+    try:
+        print(*(f"{beta_at(sys.argv[1], iteration):g}" for iteration in range(1, 11)))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -69,6 +69,9 @@ def choose(rows: list[dict], grader: str) -> dict[str, str]:
             raise InputError(f"{row['instance_id']}: FAIL_TO_PASS and PASS_TO_PASS name no test, so there is nothing to "
                              "grade a patch by; 01_collect.py --mix student makes one without grading it")
     chosen = {row["instance_id"]: one(row) for row in rows}
+    for row in rows:
+        if chosen[row["instance_id"]] == "local" and row.get("local"):
+            grading.check_command(row)
     official = [row for row in rows if chosen[row["instance_id"]] == "swebench"]
     for row in official:
         missing = [field for field in ADDED if not isinstance(row.get(field), str) or not row[field].strip()]

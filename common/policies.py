@@ -12,6 +12,7 @@ A policy sees messages alone; the row is for the oracle and for `replay:`, which
 
 import hashlib
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +124,7 @@ def open_policy(
     """
     kind, _, rest = spec.partition(":")
     sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
-    if temperature < 0 or not 0 < top_p <= 1:
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise InputError(f"--temperature {temperature} --top-p {top_p}: the first is at least 0, the second in (0, 1]")
     if kind == "hf" and rest:
         from common.hf_policy import HfPolicy

@@ -9,6 +9,7 @@ Not done: submodules stay empty, Git LFS pointers stay pointers, file times are 
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -150,7 +151,7 @@ def _fill(template: Template, row: dict, source) -> None:
     name = f"{row['instance_id']}: repository {_name(row)}"
     work = {"GIT_WORK_TREE": str(template.tree)}
     if isinstance(source, dict):
-        _write_inline(template.tree, source, name)
+        write_inline(template.tree, source, name)
         _commit(template, ["-f"])
     elif not isinstance(source, (str, os.PathLike)) or not str(source):
         raise InputError(f"{row['instance_id']}: local.source must be a path or {{path: text}}")
@@ -203,18 +204,24 @@ def _git_directory(source: Path) -> Path | None:
     return None
 
 
-def head(source: Path) -> str | None:
-    """The commit that a git repository is at; None for what is none. Raises InputError where it has no commit."""
-    if not source.is_dir() or (git_dir := _git_directory(source)) is None:
+def commit(source: Path, name: str = "HEAD") -> str | None:
+    """The hash of a commit in a git repository, which `name` says in any of git's ways; None for what is no repository.
+    A whole hash is taken as it is. Raises InputError where there is no such commit."""
+    if not source.is_dir() or not name or (git_dir := _git_directory(source)) is None:
         return None
+    if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", name):
+        return name
     environment = GIT_ENVIRONMENT | {"GIT_DIR": str(git_dir)}
+    words = ("-c", "safe.directory=*", "rev-parse", "--verify", "--end-of-options", f"{name}^{{commit}}")
     try:
-        return _git(("-c", "safe.directory=*", "rev-parse", "--verify", "HEAD"), environment, source).decode().strip()
+        return _git(words, environment, source).decode().strip()
     except InfraError as error:
-        raise InputError(f"{source} is a git repository without a commit ({error}): commit something there") from None
+        raise InputError(f"{source} is a git repository without a commit {name} ({error}): commit something there, or fetch "
+                         "it") from None  # fmt: skip
 
 
-def _write_inline(tree: Path, source: dict, name: str) -> None:
+def write_inline(tree: Path, source: dict, name: str) -> None:
+    """Write {path: text} below `tree`. Raises InputError, which begins with `name`, for a path that leads out of it."""
     for path, text in source.items():
         parts = Path(path).parts
         if not parts or Path(path).is_absolute() or ".." in parts or any(p.lower() == ".git" for p in parts):

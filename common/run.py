@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 import resource
 import shlex
 import signal
@@ -31,6 +32,7 @@ from common.errors import InputError, StageError
 ROOT = Path(__file__).resolve().parent.parent
 FILES = 16384  # open at once: a worker has up to a dozen
 NOTE_SECONDS = 20.0
+PARTS = ("settings", "same", "summary")  # of a manifest
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "swebench", "openai", "vllm")
 
 
@@ -63,7 +65,7 @@ def parse(args_class: type, argv: list[str] | None = None, usage: str | None = N
         if kind is bool:
             options["action"] = "store_true"
         elif typing.get_origin(kind) is list:
-            options |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": "X"}
+            options |= {"nargs": "+", "action": "extend", "type": typing.get_args(kind)[0], "metavar": "X"}
         elif typing.get_origin(kind) is typing.Literal:
             options["choices"] = typing.get_args(kind)
         else:
@@ -178,12 +180,16 @@ class Stage:
     `same` holds what makes it the same work: if the output was started with other values, this raises InputError that
     names the first difference. What only says how (workers, keys, addresses) does not belong in it.
     outputs: the jsonl.Output files of this work. With `overwrite` they are removed before the manifest changes; without,
-    one that is there though there is no manifest is somebody else's, and an InputError.
+    one that is there though there is no manifest is somebody else's, and an InputError, and so is one that this work reads.
     """
 
     def __init__(self, out: str, args, same: dict, *, directory: bool = False, overwrite: bool = False, outputs: tuple = ()):
         self.out = Path(out)
         self.args = args
+        if not out:
+            raise InputError("--out is empty")
+        for output in outputs:
+            _refuse_input(args, output.path)
         self.manifest_path = self.out / "manifest.json" if directory else Path(f"{out}.manifest.json")
         log_path = self.out / "log" if directory else Path(f"{out}.log")
         try:
@@ -281,13 +287,22 @@ class Stage:
         jsonl.write_atomically(self.manifest_path, json.dumps(self.manifest, indent=1) + "\n")
 
 
+def _refuse_input(args, path: Path) -> None:
+    """Raises InputError if a file that is to be written is one that a flag names to be read."""
+    for flag, value in dataclasses.asdict(args).items():
+        for one in value if isinstance(value, list) else [value]:
+            name = re.sub(r":\d+$", "", one) if isinstance(one, str) and flag != "out" else ""  # mine.jsonl:5
+            if name and Path(name).is_file() and path.exists() and Path(name).samefile(path):
+                raise InputError(f"--{flag.replace('_', '-')} {one} is {path}, which this would write: give another --out")
+
+
 def read_object(path: Path) -> dict:
     """The JSON object in a file that a stage has written whole. Raises InputError where it is damaged."""
     try:
         content = json.loads(path.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not all(isinstance(content.get(name, {}), dict) for name in PARTS):
         raise InputError(f"{path}: damaged, no JSON object; run its stage again with --overwrite")
     return content
 
@@ -337,7 +352,7 @@ def _logger(path: Path) -> logging.Logger:
 
 def _git(*words: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, errors="replace", timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

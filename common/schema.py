@@ -141,11 +141,27 @@ def check(record: dict, kind: str, where: str) -> dict:
         if name in TYPES[kind] and record[name] is not None and not ID.fullmatch(record[name]):
             raise InputError(f"{where}: {name} {record[name]!r}: it may have letters, digits and _ . - only, for files are "
                              "named after it")  # fmt: skip
+    if kind == "task" and not all(isinstance(name, str) for which in ("FAIL_TO_PASS", "PASS_TO_PASS") for name in record[which]):
+        raise InputError(f"{where}: FAIL_TO_PASS and PASS_TO_PASS must be lists of the names of tests")
     if kind == "trajectory":
         _check_trajectory(record, where)
     if kind == "label" and record["source"] not in SOURCES:
         raise InputError(f"{where}: label source {record['source']!r} is none of {', '.join(SOURCES)}")
     return record
+
+
+def asked(trajectory: dict, where: str) -> dict:
+    """How its policies were asked: temperature, top_p, max_new_tokens, max_context. Raises InputError where it does not
+    say so."""
+    policy = trajectory["teacher"] or trajectory["student"] or {}
+    sampling, limits = policy.get("sampling"), trajectory["limits"]
+    if not isinstance(sampling, dict):
+        raise InputError(f"{where}: no sampling in its teacher or student, an object with temperature and top_p")
+    _check_fields(sampling, {"temperature": (_NUM, True), "top_p": (_NUM, True)}, f"{where}: sampling")
+    _check_fields(limits, {"max_new_tokens": (_INT, True), "max_context": (_INT, True)}, f"{where}: limits")
+    return {name: sampling[name] for name in ("temperature", "top_p")} | {
+        name: limits[name] for name in ("max_new_tokens", "max_context")
+    }
 
 
 def _check_trajectory(record: dict, where: str) -> None:

@@ -11,7 +11,7 @@ from typing import Callable, Iterable
 from tqdm import tqdm
 
 from common import jsonl, run
-from common.errors import InfraError, InputError
+from common.errors import InfraError, InputError, StageError
 from common.work import Work
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -76,7 +76,10 @@ def run_jobs(
             add({"infra errors": 1})
 
         work = Work(workers, args.infra_retries, args.max_infra, len(jobs))
-        left = work.run(todo, do, write, lambda job: bar.update(), failed)
+        try:
+            left = work.run(todo, do, write, lambda job: bar.update(), failed)
+        except StageError as error:
+            raise StageError(f"{error} ({infra_path} has all of them)" if infra_path.exists() else str(error)) from None
     if left:
         stage.log.warning("%d of %d could not be run; they are in %s", left, len(jobs), infra_path)
     return left
@@ -110,7 +113,7 @@ def token_counter(stage, *policies) -> Callable[[str], int]:
             stage.manifest["tokens_counted_by"] = f"the tokenizer of {policy.name}"
             return policy.count
     stage.manifest["tokens_counted_by"] = "bytes / 4"
-    return lambda text: math.ceil(len(text.encode()) / 4)
+    return lambda text: math.ceil(len(text.encode(errors="replace")) / 4)
 
 
 class RecordedStudent:
@@ -155,7 +158,7 @@ def resolved(trajectories: str | Path, trajectory_ids: Iterable[str]) -> set[str
     """
     path, ids, how = grades_of(trajectories), set(trajectory_ids), _how_to_grade(trajectories)
     manifest = path.with_name("manifest.json")
-    graded = json.loads(manifest.read_text())["same"].get("trajectories") if manifest.is_file() else None
+    graded = run.read_object(manifest).get("same", {}).get("trajectories") if manifest.is_file() else None
     if graded and graded != run.hash_file(trajectories):
         raise InputError(f"{path} is of other trajectories than {trajectories} holds now: {how}, with --overwrite")
     found, graded = set(), set()
@@ -175,9 +178,13 @@ def show_result(show, row: dict, record: dict) -> None:
         return show.result(f"{record['exit_status']}, nothing changed", False)
     added = [line for line in record["patch"].splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
     gradable = row.get("local") and (row["FAIL_TO_PASS"] or row["PASS_TO_PASS"])
-    verdict = grading.grade(row, record["patch"])["resolved"] if gradable else None
+    verdict, why = None, ""
+    try:
+        verdict = grading.grade(row, record["patch"])["resolved"] if gradable else None
+    except (InfraError, InputError) as error:  # the trajectory is good all the same
+        why = f" ({error})"
     show.result(
         "\n".join(added[:12] + ["…"] * (len(added) > 12))
-        + f"\n{record['exit_status']}, {({True: 'RESOLVED', False: 'not resolved', None: 'not graded here'})[verdict]}",
+        + f"\n{record['exit_status']}, {({True: 'RESOLVED', False: 'not resolved', None: 'not graded here'})[verdict]}{why}",
         verdict,
     )

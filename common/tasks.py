@@ -49,7 +49,7 @@ def load(spec: str, limit: int | None = None) -> list[dict]:
     StageError if the hub cannot be reached.
     """
     name, _, last = spec.rpartition(":")
-    first = int(last) if name and last.isdigit() else None
+    first = int(last) if name and last.isascii() and last.isdigit() else None
     name = name if first is not None else spec
     if name.startswith("toy:"):
         from common import toy_tasks
@@ -178,7 +178,7 @@ def _read(path: Path):
     if path.suffix == ".json":
         try:
             rows = json.loads(path.read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not JSON: {error}") from None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise InputError(f"{path}: must hold a list of objects")
@@ -198,12 +198,12 @@ def _complete(row: dict, file: str, where: str) -> dict:
         if isinstance(row.get(field), str):
             try:
                 row[field] = json.loads(row[field])
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise InputError(f"{where}: field {field!r} is neither a list nor a list as JSON text") from None
     home, local = Path(file).resolve().parent, row.get("local")
     if isinstance(local, dict) and isinstance(local.get("source"), str) and not row.keys() & UNGRADED.keys():
         source = home / local["source"]
-        row = UNGRADED | {"repo": source.name, "base_commit": repository.head(source) or ""} | row
+        row = UNGRADED | {"repo": source.name, "base_commit": repository.commit(source) or ""} | row
     schema.check(row, "task", where)
     if local is not None:
         _check_local(local, where)
@@ -212,8 +212,11 @@ def _complete(row: dict, file: str, where: str) -> dict:
             name: str(home / local[name]) for name in ("source", "python") if isinstance(local.get(name), str)
         }
         source = row["local"]["source"]
-        if isinstance(source, str) and not Path(source).exists():
-            raise InputError(f"{where}: {row['instance_id']}: the repository {source} is missing")
+        if isinstance(source, str):
+            if not Path(source).exists():
+                raise InputError(f"{where}: {row['instance_id']}: the repository {source} is missing")
+            # A name of a commit may mean another one tomorrow.
+            row["base_commit"] = repository.commit(Path(source), row["base_commit"]) or row["base_commit"]
     return repositories.complete(row)
 
 
@@ -221,7 +224,7 @@ def _check_local(local: dict, where: str) -> None:
     def texts(value: object) -> bool:
         return isinstance(value, dict) and all(isinstance(one, str) for pair in value.items() for one in pair)
 
-    if not (texts(local.get("source")) or isinstance(local.get("source"), str)):
+    if not (texts(local.get("source")) or isinstance(local.get("source"), str)) or not local["source"]:
         raise InputError(f"{where}: field 'local' needs 'source': a directory, tarball or git repository")
     for name in ("python", "test_cmd", "log_parser"):
         if not isinstance(local.get(name), str | None):
@@ -231,6 +234,8 @@ def _check_local(local: dict, where: str) -> None:
         raise InputError(f"{where}: field 'local': setup must be a list of commands")
     if not isinstance(env, dict) or not all(isinstance(value, str | int | float) for value in env.values()):
         raise InputError(f"{where}: field 'local': env must be an object of names and texts")
+    if bad := [name for name, value in env.items() if not name or "=" in name or "\0" in f"{name}{value}"]:
+        raise InputError(f"{where}: field 'local': env: {bad[0]!r} cannot be a variable of the environment")
 
 
 def _refuse_duplicates(rows: list[dict], spec: str) -> None:
@@ -256,10 +261,8 @@ def _main() -> None:
         for row in load(spec):
             source = row.get("local", {}).get("source")
             if args.unpack and isinstance(source, dict):
-                home = Path(args.unpack) / row["instance_id"]
-                for name, text in source.items():
-                    (home / name).parent.mkdir(parents=True, exist_ok=True)
-                    (home / name).write_text(text)
+                home = (Path(args.unpack) / row["instance_id"]).absolute()
+                repository.write_inline(home, source, f"{row['instance_id']}: local.source")
                 row = row | {"local": row["local"] | {"source": str(home)}}
             print(json.dumps(row))
 

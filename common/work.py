@@ -51,6 +51,7 @@ class Work:
                 if not isinstance(value, InfraError):
                     raise value
                 again.append(item)
+                last = value
                 failed(item, value)
                 in_a_row += 1
                 if in_a_row >= max(4, self.workers) and not few:
@@ -63,8 +64,8 @@ class Work:
                 return 0
         if len(items) > allowed:
             raise StageError(
-                f"{len(items)} of {self.total} could not be run, more than --max-infra {self.max_infra} allows; "
-                "the same command tries them again"
+                f"{len(items)} of {self.total} could not be run, more than --max-infra {self.max_infra} allows, the last one: "
+                f"{last}; the same command tries them again"
             )
         return len(items)
 
