@@ -107,6 +107,15 @@ def test_how_episodes_end(turns, flags, status, count):
     assert record["patch"] == "the patch"  # whatever was done is the answer
 
 
+def test_turns_without_a_count_of_tokens_are_counted():
+    def ask(turn, chat):
+        return "student", Answer(say("ls"), "stop", seconds=0.1)
+
+    record = agent.rollout(ROW, Box(), ask, agent.AgentFlags(max_tokens=30), count=len)
+    assert (record["exit_status"], len(record["messages"])) == ("token_limit", 2 + 2 * 2)
+    assert record["messages"][2]["tokens"]["out"] == len(say("ls")) == 18
+
+
 def test_commands_share_the_slots_and_waiting_for_one_counts_for_nothing():
     """Eight episodes of two commands of 80 ms through two slots: 640 ms, of which each one has a part of its own."""
     running, most, lock = [], [], threading.Lock()

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from common import grading
+from common import grading, official
 from common.errors import InputError
 from common.grading import DEFAULT_TEST_COMMAND, PYTEST, grade, steers
 from common.sandbox import LocalSandbox
@@ -99,6 +99,11 @@ def test_a_patch_that_does_not_apply():
     result = grade(ROW, GOLD.replace("a - b", "a * b").replace("def add", "def sum").replace("def twice", "def double"))
     assert outcome(result) == (False, 3, 3, False) and not result["patch_applied"] and "does not apply" in result["log"]
     assert not grade(ROW, "no patch at all\n")["patch_applied"]
+
+
+def test_a_patch_with_half_a_character_does_not_apply():
+    result = grade(ROW, GOLD + "\ud83d")
+    assert not result["patch_applied"] and not result["resolved"]
 
 
 def test_a_patch_with_shifted_context_applies_as_with_swebench():
@@ -360,6 +365,10 @@ def test_rows_that_cannot_be_graded():
         grade(ROW | {"test_patch": ROW["test_patch"].replace("def test_wish", "def test_hope")}, "")
     with pytest.raises(InputError, match="does not run pytest.*log_parser"):
         grade(ROW | {"local": {"source": FILES, "test_cmd": "make check"}}, "")
+    with pytest.raises(InputError, match="unknown log_parser 'nope'; swebench has "):
+        grade(ROW | {"local": {"source": FILES, "log_parser": "nope"}}, "")
+    with pytest.raises(InputError, match="does not run pytest"):  # before anything is rolled out
+        official.choose([ROW | {"local": {"source": FILES, "test_cmd": "make check"}}], "auto")
     with pytest.raises(InputError, match="FAIL_TO_PASS is not a list"):
         grade(ROW | {"FAIL_TO_PASS": "nonsense"}, "")
     assert grade(ROW | {"FAIL_TO_PASS": '["tests/test_calc.py::test_add"]'}, GOLD)["resolved"]  # as in the data sets

@@ -138,6 +138,31 @@ def test_errors_name_file_and_line(tmp_path, line, message):
     assert str(caught.value).startswith(f"{path}{message}")
 
 
+def test_a_damaged_byte_is_named_with_its_own_line(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    path.write_bytes((json.dumps(label(0)) + "\n").encode() * 2 + b'{"a": "\xff"}\n')
+    with pytest.raises(InputError, match="labels.jsonl:3: not a JSON object"):
+        list(jsonl.read(path, "label"))
+    path.write_text("[" * 100_000 + "\n")
+    with pytest.raises(InputError, match="labels.jsonl:1: not a JSON object"):
+        list(jsonl.read(path, "label"))
+    for line in ("5", "null", "[" * 100_000):
+        (tmp_path / "out.jsonl.part").write_text(line + "\n")
+        with pytest.raises(InputError, match="out.jsonl.part:1: not a JSON object; --overwrite"):
+            jsonl.Output(tmp_path / "out.jsonl", "label", key=lambda r: (r["turn"],)).open()
+
+
+def test_how_a_trajectory_was_asked():
+    policy, limits = {"sampling": {"temperature": 0.5, "top_p": 1}}, {"max_new_tokens": 5, "max_context": 9}
+    good = {"teacher": None, "student": policy, "limits": limits}
+    assert schema.asked(good, "t") == {"temperature": 0.5, "top_p": 1, "max_new_tokens": 5, "max_context": 9}
+    for bad, words in (({"student": None}, "no sampling"), ({"student": {"model": "m"}}, "no sampling"),
+                       ({"student": {"sampling": {"temperature": "high", "top_p": 1}}}, "'temperature' must be int or float"),
+                       ({"limits": {}}, "limits: field 'max_new_tokens' is missing")):  # fmt: skip
+        with pytest.raises(InputError, match=f"t: .*{words}"):
+            schema.asked(good | bad, "t")
+
+
 def test_turn_numbers_of_a_trajectory_are_checked(tmp_path):
     """Labels are joined to states by turn number: an off-by-one here would train on the wrong state."""
     turn = {"role": "assistant", "content": "x", "turn": 1, "actor": "student", "command": None, "finish_reason": "stop",

@@ -275,6 +275,18 @@ def test_cost_by_hand(tmp_path):
     assert meter.cost(1_000_000, 400_000, 10_000) == pytest.approx(0.6 * 3 + 0.4 * 0.3 + 0.01 * 15)
 
 
+def test_a_line_that_a_kill_tore_costs_no_other(tmp_path):
+    usage = tmp_path / "t.usage.jsonl"
+    usage.write_text('{"in": 1000000, "cached": 0, "out": 0}\n{"in": 100')
+    spent = []
+    for _ in range(2):
+        meter = cost.Meter(tmp_path / "t", "3,0.3,15", 100.0)
+        meter.open()
+        spent.append(meter.spent)
+        meter.settle(meter.reserve(0, 0), (1_000_000, 0, 0))
+    assert spent == [3, 6]
+
+
 @pytest.mark.parametrize("price", ["3", "3,4", "a,b,c", "1,2,-3", "1,2,inf", "1,2,nan"])
 def test_bad_prices(tmp_path, price):
     with pytest.raises(InputError, match="--price"):

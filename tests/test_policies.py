@@ -48,7 +48,7 @@ def test_bad_specs(spec, words):
 
 
 def test_sampling_out_of_range():
-    for bad in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}):
+    for bad in ({"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}):
         with pytest.raises(InputError, match="--temperature"):
             open_policy("oracle", **bad)
 

@@ -34,6 +34,8 @@ class Args:
 def test_flags_come_from_the_fields():
     args = run.parse(Args, ["--out", "x", "--beta", "0.5", "--data", "a", "b", "--show"])
     assert args == Args("x", 0.5, ["a", "b"], True, 3)
+    assert run.parse(Args, ["--out", "x", "--data", "a", "b", "--data", "c"]).data == ["a", "b", "c"]
+    assert run.parse(Args, ["--out", "x", "--data", "d"]).data == ["d"]  # nothing stays from one call to the next
 
 
 def test_help_shows_the_text_under_a_field(capsys):
@@ -151,9 +153,31 @@ def test_a_refused_overwrite_leaves_the_manifest_as_it_was(tmp_path):
     assert not Path(out).exists()
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_read_is_not_written(tmp_path, overwrite):
+    (tmp_path / "t.jsonl").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for data, out in (("t.jsonl", "t.jsonl"), ("t.jsonl:2", "t.jsonl"), ("t.jsonl", "link/t.jsonl")):
+        args = Args(str(tmp_path / out), data=["toy:dev", str(tmp_path / data)])
+        with pytest.raises(InputError, match="--data .*t.jsonl.* is .*t.jsonl, which this would write: give another --out"):
+            run.Stage(args.out, args, {}, overwrite=overwrite, outputs=(jsonl.Output(args.out, "label", key=lambda r: ()),))
+    assert [path.name for path in tmp_path.iterdir()] in (["t.jsonl", "link"], ["link", "t.jsonl"])
+    with pytest.raises(InputError, match="--out is empty"):
+        run.Stage("", Args(""), {})
+
+
+def test_a_diff_that_is_not_utf8_is_noted_all_the_same(tmp_path, monkeypatch):
+    for words in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=b", "commit", "-q", "--allow-empty", "-m", "one"]):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True)
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9\n")
+    subprocess.run(["git", "-C", tmp_path, "add", "a.txt"], check=True)
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    assert "+caf\ufffd" in run._git("diff", "HEAD")
+
+
 def test_a_damaged_manifest_is_named(tmp_path):
     out = str(tmp_path / "t.jsonl")
-    for text in ("", "[]", '{"same": '):
+    for text in ("", "[]", '{"same": ', '{"same": 5}', "[" * 100_000):
         Path(f"{out}.manifest.json").write_text(text)
         with pytest.raises(InputError, match="t.jsonl.manifest.json: damaged, no JSON object; run its stage again with --overwrite"):
             run.Stage(out, Args(out), {})

@@ -174,7 +174,8 @@ def test_bad_teacher_answers_are_asked_again_then_kept_as_invalid(iteration, tmp
 def test_gold_patches_resolve_everything_and_empty_ones_nothing(tmp_path):
     rows = tasks.load("toy:dev:6")
     for name, patch in (("gold", lambda row: row["patch"]), ("empty", lambda row: "")):
-        lines = [{"instance_id": r["instance_id"], "model_name_or_path": name, "model_patch": patch(r)} for r in rows]
+        # Predictions with the rows' other fields, the gold patch among them, are about model_patch all the same.
+        lines = [r | {"model_name_or_path": name, "model_patch": patch(r), "messages": None, "started": "now"} for r in rows]
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         done = summary(script("04_eval.py", "--tasks", "toy:dev:6", "--predictions", path, "--out", tmp_path / name))

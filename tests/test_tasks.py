@@ -88,10 +88,42 @@ def test_a_row_that_wants_a_patch_names_no_tests(tmp_path):
             tasks.load(write(tmp_path / "half.jsonl", [bare[1] | {half: row("a")[half]}]))
 
 
+def test_a_name_of_a_commit_is_the_commit_that_it_means(tmp_path):
+    """Tomorrow HEAD is another one: then it is other work, and another state for --exclude-tasks."""
+    (tmp_path / "git").mkdir()
+    git(tmp_path / "git", "init", "-q")
+    path, found = write(tmp_path / "t.jsonl", [row("a", base_commit="HEAD", local={"source": "git"})]), []
+    for content in ("1", "2"):
+        (tmp_path / "git/a.py").write_text(content)
+        git(tmp_path / "git", "add", "-A")
+        git(tmp_path / "git", "commit", "-qm", content)
+        (one,) = tasks.load(path)
+        assert one["base_commit"] == git(tmp_path / "git", "rev-parse", "HEAD")
+        found.append(tasks.hash_rows([one]))
+    assert found[0] != found[1]
+    with pytest.raises(InputError, match="git is a git repository without a commit nowhere"):
+        tasks.load(write(tmp_path / "t.jsonl", [row("a", base_commit="nowhere", local={"source": "git"})]))
+
+
+def test_unpacking_stays_below_its_directory(tmp_path):
+    for name in ("../../escaped.txt", "/tmp/escaped.txt"):
+        path = write(tmp_path / "t.jsonl", [row("a", local={"source": {name: "x"}})])
+        done = subprocess.run([sys.executable, "-m", "common.tasks", path, "--unpack", tmp_path / "un/packed"], cwd=ROOT,
+                              capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 2 and f"a: local.source: bad path {name!r}" in done.stderr
+    assert not (tmp_path / "escaped.txt").exists()
+    path = write(tmp_path / "t.jsonl", [row("a", local={"source": {"b/c.py": "x = 1\n"}})])
+    done = subprocess.run([sys.executable, "-m", "common.tasks", path, "--unpack", tmp_path / "packed"], cwd=ROOT,
+                          capture_output=True, text=True)  # fmt: skip
+    assert json.loads(done.stdout)["local"]["source"] == str(tmp_path / "packed/a")
+    assert (tmp_path / "packed/a/b/c.py").read_text() == "x = 1\n"
+
+
 @pytest.mark.parametrize(
     "spec, message",
     [
         ("toys", "none of toy:train"),
+        ("toy:dev:\u00b2", "no split"),
         ("toy:nothing", "no split 'nothing'"),
         ("toy:dev:100000", "dev has"),
         ("swe-bench", "none of toy:train"),
@@ -115,7 +147,11 @@ def test_unknown_specs(spec, message):
         ([row("a"), {"instance_id": "b"}], ":2: task: field 'repo' is missing"),
         ([row("a"), row("a")], "'a' is there twice"),
         ([row("a", FAIL_TO_PASS="nonsense")], "FAIL_TO_PASS"),
+        ([row("a", FAIL_TO_PASS=[1])], ":1: FAIL_TO_PASS and PASS_TO_PASS must be lists of the names of tests"),
         ([row("a", local={})], "needs 'source'"),
+        ([row("a", local={"source": ""})], ":1: field 'local' needs 'source'"),
+        ([row("a", local={"source": ".", "env": {"A=B": "x"}})], "env: 'A=B' cannot be a variable"),
+        ([row("a", local={"source": ".", "env": {"A": "x\0"}})], "env: 'A' cannot be a variable"),
         ([row("a", local={"source": 3})], ":1: field 'local' needs 'source'"),
         ([row("a", local={"source": {"a.py": 3}})], ":1: field 'local' needs 'source'"),
         ([row("a", local={"source": ".", "python": 3})], ":1: field 'local': python must be a text, not int"),
