@@ -35,7 +35,7 @@ USAGE = {"turns": "turns", "tokens_in": "in", "tokens_cached": "cached", "tokens
 @dataclass(kw_only=True)
 class Args(AgentFlags, TeacherFlags, StudentFlags, PolicyFlags):
     tasks: str
-    """toy:train|dev|test|study, swe-bench-verified, swe-bench-lite, swe-gym:train|holdout, swe-gym-lite,
+    """toy:train|dev|test|study (or train2|dev2|study2), swe-bench-verified, swe-bench-lite, swe-gym:train|holdout, swe-gym-lite,
     dataset:NAME:SPLIT, or a .jsonl, .json or .parquet file; each may end in :N"""
     out: str
     """the trajectories file to write"""

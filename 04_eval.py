@@ -37,7 +37,7 @@ TOKENS = ("in", "cached", "out")
 @dataclass(kw_only=True)
 class Args(AgentFlags, StudentFlags, PolicyFlags):
     tasks: str
-    """toy:train|dev|test|study, swe-bench-verified, swe-bench-lite, swe-gym:train|holdout, swe-gym-lite,
+    """toy:train|dev|test|study (or train2|dev2|study2), swe-bench-verified, swe-bench-lite, swe-gym:train|holdout, swe-gym-lite,
     dataset:NAME:SPLIT, or a .jsonl, .json or .parquet file; each may end in :N"""
     out: str
     """the directory to write"""
