@@ -152,9 +152,9 @@ def comparisons(arms: list[str], runs: list[list[metrics.Run]]) -> tuple[list[di
         whole = found["together"]
         if whole["seeds"] > 1:
             both = {"tasks": found["on"], "n": whole["tasks"], "difference": whole["difference"], "p": None}
-            rows.append(both | {"name": f"{against}, {whole['seeds']} seeds together (bootstrap over seeds and tasks)",
+            rows.append(both | {"name": f"{against}, {whole['seeds']} seeds, bootstrap",
                                 "low": whole["low"], "high": whole["high"]})  # fmt: skip
-            rows.append(both | {"name": f"{against}, {whole['seeds']} seeds together (t over the seeds)",
+            rows.append(both | {"name": f"{against}, {whole['seeds']} seeds, t",
                                 "low": whole["t_low"], "high": whole["t_high"]})  # fmt: skip
         for name, group in found["groups"].items():
             if not name.startswith("family "):
@@ -168,7 +168,8 @@ def comparisons(arms: list[str], runs: list[list[metrics.Run]]) -> tuple[list[di
         told.append(
             "Each run at its chosen iteration, on the same tasks. A seed's row: Newcombe's interval for paired "
             "proportions, and McNemar's exact test; both are about other tasks of this kind, not about other seeds. "
-            "Claim what the bootstrap and the t interval both say; a group of tasks has the wider of the two."
+            "Several seeds together: a bootstrap over seeds and tasks, and Student's t over the seeds' differences. Claim what "
+            "both say; a group of tasks has the wider of the two."
         )
     return rows, told
 

@@ -174,7 +174,7 @@ def test_several_runs_are_compared(tmp_path):
         "SFT against DAgger linear:2, seed 0",
         "SFT against DAgger linear:2, seed 1",
     ]
-    assert data["pairs"][2]["name"] == "SFT against DAgger linear:2, 2 seeds together (bootstrap over seeds and tasks)"
+    assert data["pairs"][2]["name"] == "SFT against DAgger linear:2, 2 seeds, bootstrap"
     assert len(data["pairs"]) == 4 and all(pair["difference"] == 0 for pair in data["pairs"])
     assert {row["run"] for row in rows(data)} == {0, 1, 2, 3}
     mean = {"runs": 2, "tasks": 4, "resolved": 2, "failure_modes": {"tests_failed": 2}}
