@@ -8,6 +8,7 @@ failing test it reads the file again, and after a command that it does not know 
 The conversation is replayed into a `_Scene` (what is on the screen and still holds); `_decide` picks the next turn.
 """
 
+import itertools
 import re
 import shlex
 from dataclasses import dataclass, field, replace
@@ -160,10 +161,13 @@ def _pieces(command: str) -> tuple[list[list[str]], bool]:
             else:
                 pieces[-1].append(word)
     except ValueError:  # an open quote: the shell runs nothing
-        return [["false"]], True
+        return [[]], False
     if "`" in command or "$" in command and ('"' in command or "$(" in command):
         return [[]], False
-    pieces = [p for p in pieces if p and not p[0].startswith("#")]
+    pieces = [list(itertools.takewhile(lambda word: not word.startswith("#"), p)) for p in pieces]
+    pieces = [p for p in pieces if p]
+    if any(p[0] == "cd" for p in pieces[1:]) and not all(_reads(p) for p in pieces):
+        return [[]], False
     if pieces and pieces[0][0] == "cd" and len(pieces) > 1:
         if len(pieces[0]) == 2 and pieces[0][1] in ("/testbed", "/testbed/", "."):
             pieces = pieces[1:]
@@ -185,8 +189,8 @@ def _reads(words: list[str]) -> bool:
         return not {"-delete", "-exec", "-execdir", "-fprint"} & set(words)
     if head in ("python", "python3"):
         code = " ".join(words[1:])
-        return words[1:2] == ["-c"] and not re.search(r"open|write|os|sys|shutil|Path|exec|eval|import \*|__", code)
-    return head in _READERS and not ("sort" == head and "-o" in words)
+        return words[1:2] == ["-c"] and not re.search(r"open|write|os|sys|shutil|Path|exec|eval|import \*|process|input|__", code)
+    return head in _READERS and not ("sort" == head and any(w.startswith(("-o", "--o")) for w in words))
 
 
 def _is_pytest(words: list[str]) -> bool:
@@ -216,6 +220,8 @@ def _tested(scene: _Scene, full: bool, code: int) -> None:
     scene.timeouts = scene.timeouts + 1 if code in (124, 137) else 0
     if scene.timeouts == 1:
         return  # killed: says nothing, so run it again; the second time in a row it is a failure
+    if code in (4, 5) and not full:
+        return  # no such file, or no test in it
     if code != 0:
         scene.fresh.clear()
         scene.passed, scene.failed, scene.changed = False, True, False
@@ -359,7 +365,8 @@ def _decide(task: Task, scene: _Scene) -> tuple[str, str]:
         return "Too much has changed. Start again.", f"git reset -q --hard{root} && git clean -fdq"
     if scene.odd:
         return "See what changed.", _STATUS_FROM_ROOT if scene.moved else "git status --short"
-    if scene.stray and any(edit.function in scene.places for edit in task.edits):  # it is seen to stand elsewhere
+    seen = any(edit.function in scene.places for edit in task.edits)
+    if scene.stray and (seen or any(p.startswith("tests/") for p in scene.stray)):  # it is seen to stand elsewhere
         return "That file was right. Undo.", f"git checkout {back} {scene.stray[0]}"
     if scene.passed:  # whatever the repair looks like: the tests tell it from all that it is not
         return "The tests pass.", "submit"
@@ -369,7 +376,8 @@ def _decide(task: Task, scene: _Scene) -> tuple[str, str]:
     if not in_sight and not scene.failed:
         return "Run the tests.", "pytest"
     for edit in in_sight:
-        if edit.function not in scene.places and edit.path not in scene.views:
+        linked = not task.entry or f"return {edit.function}(" in scene.shown
+        if not linked or edit.function not in scene.places and edit.path not in scene.views:
             return _find(task, scene, edit)
         if edit.path not in scene.fresh:
             again = " again" if edit.path in scene.views else ""
@@ -400,6 +408,8 @@ def _find(task: Task, scene: _Scene, edit: Edit) -> tuple[str, str]:
         name, path = task.entry
         if name in scene.places and path not in scene.fresh:
             return f"Read {path}.", f"cat {path}"
+        if name in scene.places:
+            return "The file is broken. Restore it.", f"git checkout HEAD {path}"
     return f"Find {name}.", f"grep -rn 'def {name}('"
 
 

@@ -132,6 +132,69 @@ def test_tests_that_the_student_changed_are_put_back():
     assert task.row["patch"].count("diff ") == patch.count("diff "), transcript(messages)
 
 
+@pytest.mark.parametrize(
+    "kind, before, command",
+    [
+        ("traced", 1, "sed -i 's/assert .*/pass/' {test}"),  # nothing was searched for yet
+        ("direct", 0, "# Let's fix the test\nsed -i 's/assert .*/pass/' {test}"),  # an apostrophe that opens no quote
+        ("direct", 0, "sed -i 's/assert .*/pass/' {test} # Fixed"),
+        ("direct", 0, "python -c \"import subprocess; subprocess.run(['sed', '-i', 's/assert .*/pass/', '{test}'])\""),
+        ("direct", 0, "echo x=1 | sort -o{test}"),
+    ],
+)
+def test_no_rewritten_test_is_believed(kind, before, command):
+    task = first(kind)
+    messages = prompts.opening(task.row)
+    with LocalSandbox(task.row) as sandbox:
+        for _ in range(before):
+            step(sandbox, messages, oracle.act(task.row, messages))
+        step(sandbox, messages, block(command.format(test=task.row["FAIL_TO_PASS"][0].split("::")[0])))
+        step(sandbox, messages, block("pytest"))
+        patch = solve(sandbox, task, messages, 14)
+    assert is_resolved(task, patch), transcript(messages)
+
+
+def test_no_tests_are_no_failing_tests():
+    """A path or a name that is not there (exit 4, exit 5): the repair before it was right."""
+    task = first("direct")
+    for command in ("pytest tests/test_nope.py", "pytest -k nothing_is_called_so"):
+        messages = prompts.opening(task.row)
+        with LocalSandbox(task.row) as sandbox:
+            for text in (None, None, None, block(command)):  # grep, cat, sed
+                step(sandbox, messages, text or oracle.act(task.row, messages))
+            n = len(commands(messages))
+            patch = solve(sandbox, task, messages, 4)
+        assert heads(messages)[n:] == ["pytest", "submit"], transcript(messages)
+        assert is_resolved(task, patch)
+
+
+def test_it_does_not_say_the_same_for_ever():
+    task, follow = first("direct"), first("follow")
+    edit = task.edits[0]
+    home, name = edit.path.split("/")
+    for task, begun, command in (
+        (task, 0, f"ls && cd {home} && sed -i 's/zzz/yyy/' {name}"),  # where that file lies hangs on the cd
+        (follow, 1, f"sed -i '/import/d' {follow.entry[1]}"),  # the link to what is called is gone
+    ):
+        messages = prompts.opening(task.row)
+        with LocalSandbox(task.row) as sandbox:
+            for _ in range(begun):
+                step(sandbox, messages, oracle.act(task.row, messages))
+            step(sandbox, messages, block(command))
+            patch = solve(sandbox, task, messages, 14)
+        assert is_resolved(task, patch), transcript(messages)
+
+
+def test_a_function_that_is_called_is_looked_up_where_it_is_called():
+    """The right file by chance: nothing on the screen says that it has to do with the issue."""
+    task = first("follow")
+    messages = prompts.opening(task.row)
+    with LocalSandbox(task.row) as sandbox:
+        step(sandbox, messages, block(f"cat {task.edits[0].path}"))
+        assert actions.parse(oracle.act(task.row, messages)) == f"grep -rn 'def {task.entry[0]}('"
+        assert is_resolved(task, solve(sandbox, task, messages, 12))
+
+
 def test_it_knows_no_more_than_the_screen_shows():
     """Two labels that only the gold text explained: that an edited file was right, and that a repair which passes all tests
     is spelled otherwise than the gold one."""
