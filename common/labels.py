@@ -41,7 +41,7 @@ class Labeller:
             seed = mixing.derive("sample", self.seed, asked, "teacher", "label", number)
             try:
                 answer, was_there = self.answers.answer(
-                    cache.key(asked, number),
+                    cache.key(asked, number, *filter(None, [self.teacher.code])),
                     lambda: self.teacher.act(row, state, seed=seed, episode=episode, turn=turn, attempt=attempt),
                 )
             except ContextLimit:

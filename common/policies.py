@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import jsonl, mixing
+from common import jsonl, mixing, run
 from common.errors import InputError
 
 KINDS = ("hf:MODEL[,adapter=DIR][,quant=nf4|none]   openai:MODEL@URL   oracle[,noise=P]   replay:FILE   "
@@ -156,6 +156,7 @@ class Plain:
     extra: dict = {}
     answers_states = True  # an answer hangs on the messages, not on whose and which turn it is
     free = True  # asking costs no money
+    code = ""  # a hash of the code that makes the answers, where code alone does: a cache's answers are of that code
 
     def __init__(self, sampling: dict):
         self.sampling = sampling
@@ -187,6 +188,7 @@ class OraclePolicy(Plain):
                 self.noise = {"noise": float(number)}[name]
         except (KeyError, ValueError):
             raise InputError(f"{spec}: wanted oracle[,noise=P]") from None
+        self.code = run.hash_file(Path(__file__).with_name("oracle.py"))
         if not 0 <= self.noise <= 1:
             raise InputError(f"{spec}: noise is the share of wrong turns, from 0 to 1")
 

@@ -14,7 +14,7 @@ import pytest
 from servers import Server, good
 from test_scripts import JUNK, ROOT, script, summary, timeless
 
-from common import cache, cost, jsonl, labels, policies, tasks
+from common import cache, cost, jsonl, labels, policies, prompts, tasks
 from common.errors import InputError, StageError
 
 
@@ -116,6 +116,17 @@ def test_equal_questions_at_once_are_asked_once(tmp_path):
     assert {answer.reasoning for answer, _ in found} == {"because"} and {answer.logprob for answer, _ in found} == {-0.1}
     assert cache.Cache(tmp_path / "c").answer("k", ask)[1] and len(asked) == 1
     assert kept.locks == {}
+
+
+def test_answers_of_an_edited_expert_are_not_taken_from_the_old_one(tmp_path):
+    row, kept = tasks.load("toy:train:1")[0], cache.Cache(tmp_path / "c")
+    state, sources = prompts.opening(row), []
+    for code in (None, None, "edited"):
+        teacher = policies.OraclePolicy({})
+        teacher.code = code or teacher.code
+        labeller = labels.Labeller(teacher, kept, 0, len)
+        sources.append(labeller.label(row, "toy-1", state, episode="e", turn=0, attempt=0)["source"])
+    assert sources == ["queried", "cache", "queried"]
 
 
 def test_a_question_that_fails_is_not_kept(tmp_path):
