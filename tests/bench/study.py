@@ -1,6 +1,7 @@
 """The study's results, one line of study.jsonl per (arm, seed), and its tables. tests/bench/study.sh makes the runs.
 
     python tests/bench/study.py tables [FILE]
+    python tests/bench/study.py odd [RUNS]          patches that resolve their task and are not the gold one
 
 What was decided before the first result on toy:study2 was there, and is what `tables` prints:
 
@@ -390,6 +391,22 @@ def tables(path: Path) -> None:
                                  f"resolved of {dev_tasks}"], rows)  # fmt: skip
 
 
+def odd(runs: Path) -> None:
+    """The patches in `runs` that resolved their study task and add other lines than the gold patch: are they repairs?"""
+    def added(patch: str) -> list[str]:
+        return [line[1:].strip() for line in patch.splitlines() if line[:1] == "+" and line[:3] != "+++"]
+
+    gold, resolved = {row["instance_id"]: added(row["patch"]) for row in toy_tasks.load(SPLIT)}, 0
+    for home in sorted(runs.glob("*/test/iter_[0-9][0-9][0-9]")):
+        good = {result["instance_id"] for result in jsonl.read(home / "results.jsonl") if result["resolved"]}
+        resolved += len(good)
+        for record in jsonl.read(home / "trajectories.jsonl"):
+            name, lines = record["instance_id"], added(record["patch"])
+            if name in good and sorted(lines) != sorted(gold[name]):
+                print(f"{home.parent.parent.name} {name}: {' / '.join(lines)}    gold: {' / '.join(gold[name])}")
+    print(f"of {resolved} that resolved their task")
+
+
 def main() -> None:
     command, *rest = sys.argv[1:] or ["help"]
     if command == "has":
@@ -401,6 +418,8 @@ def main() -> None:
         with open(RESULTS, "a", encoding="utf-8") as stream:
             stream.write(made + "\n")
         print(made[:200])
+    elif command == "odd":
+        odd(Path(rest[0]) if rest else Path("runs/study"))
     elif command == "tables":
         tables(Path(rest[0]) if rest else RESULTS)
     else:
