@@ -224,7 +224,7 @@ def _check_local(local: dict, where: str) -> None:
     def texts(value: object) -> bool:
         return isinstance(value, dict) and all(isinstance(one, str) for pair in value.items() for one in pair)
 
-    if not (texts(local.get("source")) or isinstance(local.get("source"), str)) or not local["source"]:
+    if not (texts(local.get("source")) or isinstance(local.get("source"), str)) or local["source"] == "":
         raise InputError(f"{where}: field 'local' needs 'source': a directory, tarball or git repository")
     for name in ("python", "test_cmd", "log_parser"):
         if not isinstance(local.get(name), str | None):
