@@ -27,8 +27,7 @@ What was decided before the first result on toy:study2 was there, and is what `t
   right as with sft or fewer. rft too may be ahead of sft: its teacher errs, and then shows how one goes on.
 * rft has other training tasks than the others in part: it tries 90 in an iteration and they 64 (the same where both start).
 * The expert was mended on 2026-11-26, in states that odd commands bring about (rewritten tests, a cd in the middle of a line,
-  pytest on a file that is not there): none of the 3,191 labels that it had been asked for in this study until then is
-  another one since.
+  pytest on a file that is not there): none of the 3,413 labels that it was asked for in this study is another one since.
 * No seed, arm or task is left out. A run is repeated only if the machine failed, from where it stopped.
 
 This is the second design, and it was made so that the method can work: it says that and how DAgger helps where its premise
