@@ -218,9 +218,11 @@ class DockerSandbox:
         if exit_code >= 128:  # our wrapper may have died as well: what it would have killed may be there still
             self._kill_all()
         if exit_code == 137:
-            self.container.reload()
-            if self.container.status != "running":
-                raise InfraError(f"{self.row['instance_id']}: the container has ended ({self.container.status})")
+            for pause in (0.0, 0.1, 0.3):  # the engine may need a moment to notice
+                time.sleep(pause)
+                self.container.reload()
+                if self.container.status != "running":
+                    raise InfraError(f"{self.row['instance_id']}: the container has ended ({self.container.status})")
         return killed, exit_code
 
     def _exit_code(self, job: str) -> int:
